@@ -1,0 +1,28 @@
+"""Benchmarks: python launch/bench.py {step,toki,scan,loader,preprocess} [options]; --help after a name lists them.
+
+Every figure is a ratio of things run alternately in one run, said with hardware and versions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+NAMES = ("step", "toki", "scan", "loader", "preprocess")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the benchmark that the first argument names."""
+    if not argv or argv[0] not in NAMES:
+        found = argv[0] if argv else "nothing"
+        print(f"bench: found {found}, expected one of {', '.join(NAMES)}", file=sys.stderr)
+        print(__doc__, file=sys.stderr)
+        return 2
+    return importlib.import_module(f"mambamim_jax.bench.{argv[0]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

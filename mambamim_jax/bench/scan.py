@@ -1,0 +1,247 @@
+"""``launch/bench.py scan``: every implementation of the selective scan, forward and forward + backward.
+
+python launch/bench.py scan [--grid=4x54,64x54,...] [--implementations=...] [--dtype=float32] [--sweep]
+
+On a GPU the share of the floor is printed beside: the largest of the times that moving the fewest bytes,
+the arithmetic and the exponentials need on that card. Where PyTorch and mamba_ssm's extension
+``selective_scan_cuda`` can be imported, its kernel is measured too. All sides are timed alternately, many
+iterations inside one launch, so that neither the dispatch of JAX nor that of PyTorch is in the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mambamim_jax.bench.tables import print_table
+from mambamim_jax.ops.selective_scan import api, triton, tuning
+from mambamim_jax.ops.selective_scan.contract import ScanInputs
+
+GRID = "4x54,64x54,64x216,2x1728,1x110592"
+CEILINGS = {
+    "H200": (4.3e12, 67e12, 4.2e12),
+    "H100": (3.0e12, 67e12, 4.2e12),
+    "A100": (1.4e12, 19.5e12, 2.4e12),
+}
+"""Bytes, floating-point operations and exponentials a second."""
+NEEDS = {"forward": (4, 137, 20), "forward + backward": (11, 560, 58)}
+"""Per (b, l, e) at n = 16: array elements moved, floating-point operations, exponentials."""
+Run = Callable[[], float]
+
+
+def make_inputs(b: int, l: int, e: int, n: int, dtype: str) -> ScanInputs:
+    """Random inputs of ordinary size, without an initial state."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    u, delta, z = (normal(b, l, e).astype(dtype) for _ in range(3))
+    B, C = (normal(b, l, n).astype(dtype) for _ in range(2))
+    A = -jnp.broadcast_to(jnp.arange(1.0, n + 1), (e, n))
+    return ScanInputs(u, delta, A, B, C, normal(e), z, normal(e) - 4)
+
+
+def ours(
+    inputs: ScanInputs, mode: str, iterations: int, name: str, launch: tuning.Launch | None = None
+) -> tuple[Run, int]:
+    """A function that times ``iterations`` runs and returns seconds a run, and its scratch bytes."""
+    scan: Any = api.selective_scan
+
+    def once(inputs: ScanInputs) -> Any:
+        if launch is not None:
+            saved: Any
+            y, last, saved = triton.forward(inputs, False, mode != "forward", launch=launch)
+            if mode == "forward":
+                return y
+            return y, triton.backward(inputs, saved, y, jnp.zeros_like(last), False, launch=launch)
+        arrays: Any = inputs[:8]
+        if mode == "forward":
+            return scan(*arrays, implementation=name)
+        y, pull = jax.vjp(functools.partial(scan, implementation=name), *arrays)
+        return y, pull(y)
+
+    def many(inputs: ScanInputs) -> Any:
+        def body(_: Any, carry: Any) -> Any:
+            inputs, _ = carry
+            return jax.lax.optimization_barrier((inputs, once(inputs)))
+
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(once, inputs))
+        return jax.lax.fori_loop(0, iterations, body, (inputs, start))[1]
+
+    compiled = jax.jit(many).lower(inputs).compile()
+    jax.block_until_ready(compiled(inputs))
+
+    def run() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(inputs))
+        return (time.perf_counter() - start) / iterations
+
+    analysis: Any = compiled.memory_analysis()
+    return run, analysis.temp_size_in_bytes
+
+
+def mamba_ssm(inputs: ScanInputs, mode: str, iterations: int) -> Run:
+    """The same with mamba_ssm's CUDA kernel, its launches captured in one graph.
+
+    Raises: ImportError if PyTorch or the extension is missing.
+    """
+    torch: Any = importlib.import_module("torch")  # first, since it loads what the extension links to
+    kernels: Any = importlib.import_module("selective_scan_cuda")
+
+    def tensor(x: Any, turn: bool = False) -> Any:
+        t = torch.from_numpy(np.array(x, np.float32)).cuda()
+        return t.transpose(1, 2).contiguous() if turn else t
+
+    u, delta, z = (tensor(x, True) for x in (inputs.u, inputs.delta, inputs.z))
+    B, C = (tensor(x, True)[:, None] for x in (inputs.B, inputs.C))
+    A, D, bias = (tensor(x) for x in (inputs.A, inputs.D, inputs.delta_bias))
+
+    def once() -> None:
+        out, x, gated = kernels.fwd(u, delta, A, B, C, D, z, bias, True)
+        if mode != "forward":
+            kernels.bwd(u, delta, A, B, C, D, z, bias, gated, x, out, None, True, False)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        once()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(iterations):
+            once()
+
+    def run() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / iterations
+
+    run()
+    return run
+
+
+def _iterations(elements: int) -> int:
+    """Enough runs in one launch that its own cost does not show."""
+    return max(4, min(500, 1_500_000_000 // elements))
+
+
+def floor_seconds(b: int, l: int, e: int, mode: str, dtype: str) -> float | None:
+    """The shortest possible time on this card, or None where its ceilings are not known."""
+    kind = jax.devices()[0].device_kind
+    ceilings = next((value for key, value in CEILINGS.items() if key in kind), None)
+    if ceilings is None:
+        return None
+    elements, operations, exponentials = NEEDS[mode]
+    needs = elements * jnp.dtype(dtype).itemsize, operations, exponentials
+    return b * l * e * max(need / rate for need, rate in zip(needs, ceilings))
+
+
+def alternate(sides: dict[str, Run], rounds: int) -> dict[str, float]:
+    """The median seconds of each side over rounds in which each runs once."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            times[name].append(run())
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(b: int, l: int, mode: str, names: Sequence[str], options: argparse.Namespace) -> list[list[str]]:
+    """The table's rows of one size."""
+    e, n = options.width, options.state
+    inputs = make_inputs(b, l, e, n, options.dtype)
+    iterations = options.iterations or _iterations(b * l * e)
+    sides: dict[str, Run] = {}
+    memory: dict[str, int] = {}
+    for name in names:
+        slow = name not in ("pallas_triton", "pallas_mosaic")
+        try:
+            sides[name], memory[name] = ours(
+                inputs, mode, max(1, iterations // 20) if slow else iterations, name
+            )
+        except Exception as error:
+            print(f"{name} at {b} x {l}, {mode}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    if jax.default_backend() == "gpu" and options.dtype == "float32":
+        try:
+            sides["mamba_ssm CUDA"] = mamba_ssm(inputs, mode, iterations)
+        except ImportError as error:
+            print(f"mamba_ssm is not measured: {error}")
+    times = alternate(sides, options.rounds)
+    floor, first = floor_seconds(b, l, e, mode, options.dtype), next(iter(times.values()))
+    return [
+        [
+            f"{b}, {l}",
+            mode,
+            name,
+            f"{seconds * 1e6:.1f}",
+            "–" if floor is None else f"{100 * floor / seconds:.0f}%",
+            f"{memory[name] / 2**20:.1f}" if name in memory else "–",
+            f"{seconds / first:.2f}",
+        ]
+        for name, seconds in times.items()
+    ]
+
+
+def sweep(b: int, l: int, options: argparse.Namespace) -> list[list[str]]:
+    """The rows of the sweep from which `tuning.TUNED` is chosen."""
+    inputs = make_inputs(b, l, options.width, options.state, options.dtype)
+    iterations = _iterations(b * l * options.width)
+    base = triton._default_launch()
+    rows = []
+    for mode in NEEDS:
+        sides: dict[str, Run] = {}
+        for launch in sweep_launches(base, b * options.width // 32, mode):
+            sides[str(tuple(launch))] = ours(inputs, mode, iterations, "pallas_triton", launch)[0]
+        for name, seconds in sorted(alternate(sides, 5).items(), key=lambda item: item[1]):
+            rows.append([f"{b}, {l}", mode, name, f"{seconds * 1e6:.1f}"])
+    return rows
+
+
+def sweep_launches(base: tuning.Launch, warps: int, mode: str) -> list[tuning.Launch]:
+    """The launches worth trying where ``warps`` walk the whole length."""
+    if warps < base.fill // 2:
+        return [base._replace(fill=int(base.fill * scale)) for scale in (0.5, 1, 2)]
+    if mode == "forward":
+        return [base._replace(inference_chunk=chunk, warps=w) for chunk in (4, 8) for w in (1, 2)]
+    return [base._replace(chunk=chunk, backward_warps=w) for chunk in (2, 3, 4) for w in (1, 4)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the tables; 0."""
+    parser = argparse.ArgumentParser(prog="bench.py scan", description=(__doc__ or "").splitlines()[0])
+    on_gpu = jax.default_backend() == "gpu"
+    default = "pallas_triton,associative" if on_gpu else "sequential,associative"
+    parser.add_argument(
+        "--grid", default=GRID if on_gpu else "2x54,2x216,2x1728", help="BxL,... (%(default)s)"
+    )
+    parser.add_argument("--implementations", default=default, help="the first is what ratios refer to")
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--state", type=int, default=16)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--iterations", type=int, default=0 if on_gpu else 1)
+    parser.add_argument("--sweep", action="store_true", help="time launch sizes of the GPU kernel instead")
+    options = parser.parse_args(argv)
+    sizes = [tuple(int(part) for part in size.split("x")) for size in options.grid.split(",")]
+    device = jax.devices()[0].device_kind
+    title = f"selective scan, e = {options.width}, n = {options.state}, {options.dtype}, {device}"
+    if options.sweep:
+        rows = [row for b, l in sizes for row in sweep(b, l, options)]
+        fields = ", ".join(tuning.Launch._fields)
+        print_table(f"{title}: launch sizes ({fields})", ["b, l", "pass", "launch", "µs"], rows)
+        return 0
+    names = options.implementations.split(",")
+    rows = [row for b, l in sizes for mode in NEEDS for row in measure(b, l, mode, names, options)]
+    header = ["b, l", "pass", "implementation", "µs", "of floor", "scratch MiB", f"time / {names[0]}'s"]
+    print_table(title, header, rows)
+    return 0

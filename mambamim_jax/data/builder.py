@@ -1,0 +1,169 @@
+"""How a store is made: which cases are missing, who does them, and the manifest at the end. See ``store``."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mambamim_jax.data import worker
+from mambamim_jax.data.datasets import Case
+from mambamim_jax.data.preprocess import TEMPORARY, dump_json, stamp, write_atomic
+
+Progress = Callable[[int, int, str], None]
+Record = dict[str, Any]
+
+
+class StoreError(RuntimeError):
+    """A store that can't be opened or written; the message is one line."""
+
+
+def check_spec(folder: Path, spec: dict[str, Any]) -> None:
+    """Write ``store.json`` into a new store; refuse a folder that is something else or was made otherwise."""
+    path = folder / "store.json"
+    if not path.exists():
+        others = [child.name for child in folder.iterdir() if not child.name.startswith(".")]
+        if others:
+            raise StoreError(
+                f"{folder}: not a store, and not empty (has {others[0]}); name an empty or new folder"
+            )
+        write_atomic(path, dump_json(spec))
+    try:
+        found = json.loads(path.read_bytes())
+    except json.JSONDecodeError:
+        raise StoreError(f"{path}: not readable as JSON; delete this store and preprocess again") from None
+    wrong = [key for key in spec if found.get(key) != spec[key]]
+    if wrong:
+        key = wrong[0]
+        raise StoreError(
+            f"{folder}: made with {key} {found.get(key)}, asked for {spec[key]}; use another store folder"
+        )
+    for name in ("volumes", "cases"):
+        (folder / name).mkdir(exist_ok=True)
+
+
+def _record_path(case: Case) -> str:
+    paths = [os.path.abspath(p) for p in (*case.images, *([case.label] if case.label else []))]
+    return f"cases/{hashlib.sha256(chr(0).join([case.id, *paths]).encode()).hexdigest()[:24]}.json"
+
+
+def bring_up_to_date(
+    cases: Sequence[Case], folder: Path, spec: dict[str, Any], workers: int | None, progress: Progress | None
+) -> list[dict[str, Any]]:
+    """Preprocess what is missing or changed; the record of every case, in order."""
+    for parent in ("volumes", "cases", "."):
+        for leftover in (folder / parent).glob(f"{TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(
+                missing_ok=True
+            )
+    records: dict[str, dict[str, Any]] = {}
+    jobs: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        path = _record_path(case)
+        images = [os.path.abspath(p) for p in case.images]
+        label = os.path.abspath(case.label) if case.label else None
+        record = _load(folder / path)
+        if (
+            record
+            and record["stamp"] == stamp([*images, *([label] if label else [])])
+            and _whole(folder, record)
+        ):
+            records[path] = record
+        else:
+            jobs[path] = {"store": str(folder), "record": path, "id": case.id, "source": case.source}
+            jobs[path] |= {
+                "images": images,
+                "label": label,
+                "spacing": spec["spacing"],
+                "window": spec["window"],
+                "encoding": spec["encoding"],
+            }
+    if progress and records:
+        progress(len(records), len(cases), "")
+    keys = {(job["id"], job["images"][0], job["label"]): path for path, job in jobs.items()}
+    count = workers if workers is not None else min(os.cpu_count() or 1, 8)
+    for record in worker.run_jobs(list(jobs.values()), count):
+        records[keys[record["id"], record["image"], record["label"]]] = record
+        if progress:
+            progress(len(records), len(cases), record["id"])
+    return [records[_record_path(case)] for case in cases]
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def _whole(folder: Path, record: dict[str, Any]) -> bool:
+    return record["status"] != "used" or (folder / "volumes" / record["volume"] / "meta.json").is_file()
+
+
+def assemble(folder: Path, records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Usable volumes (the first of several equal ones) and the report of these records, in their order."""
+    volumes: list[Record] = []
+    report: list[Record] = []
+    seen: dict[str, str] = {}
+    for record in records:
+        line = {
+            key: record.get(key) for key in ("id", "status", "code", "message", "source", "image", "label")
+        }
+        line["label_status"] = record.get("label_status")
+        if record["status"] == "used":
+            meta = json.loads((folder / "volumes" / record["volume"] / "meta.json").read_bytes())
+            kept = ("shape", "source_shape", "source_spacing", "source_orientation", "tilted")
+            line |= {key: meta[key] for key in kept}
+            twin = seen.setdefault(meta["voxels"], record["image"])
+            if twin != record["image"]:
+                message = f"{record['image']}: same voxels as {twin} [duplicate]"
+                line |= {"status": "duplicate", "code": "duplicate", "message": message}
+            else:
+                volumes.append({**meta, **{key: record[key] for key in ("id", "source", "volume")}})
+        report.append(line)
+    return volumes, report
+
+
+def write_manifest(folder: Path, spec: dict[str, Any]) -> None:
+    """Everything the store holds, of all sources, sorted by source and id."""
+    records = [record for path in (folder / "cases").glob("*.json") if (record := _load(path))]
+    records = [record for record in records if _whole(folder, record)]
+    records.sort(key=lambda record: (record["source"], record["id"], record["image"]))
+    volumes, report = assemble(folder, records)
+    encoded = dump_json({"version": spec["version"], "spec": spec, "volumes": volumes, "cases": report})
+    path = folder / "manifest.json"
+    if not path.exists() or path.read_bytes() != encoded:
+        write_atomic(path, encoded)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One writer at a time; others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        file = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError:
+        if not (folder / "manifest.json").is_file():
+            raise
+        yield  # a read-only store: complete as it is, or the first write says that it can't be
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def explain(error: OSError, folder: Path) -> str:
+    """What went wrong with writing a store, in one line."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{folder}: disk full; nothing half-written is left, free some space and run again to go on"
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        where = error.filename or folder
+        return f"{where}: can't be written ({error.strerror}); name a folder you may write to"
+    return f"{folder}: {error.strerror or error}"

@@ -1,0 +1,316 @@
+"""A CT volume in memory: geometry, resampling to axis-aligned RAS, HU window and foreground.
+
+Axes of a resampled volume are ``h w d`` = right, anterior, superior (RAS): index 0 is leftmost, most
+posterior and lowest. Affines map voxel indices to millimetres in RAS+, as NIfTI does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel import orientations
+
+from mambamim_jax.types import NumpyArray, Size3, Spacing
+
+AIR = -1024.0
+"""HU given to places outside the scanned box when a tilted volume is put on straight axes."""
+STRAIGHT_TOLERANCE = 0.1
+"""mm: an affine is axis-aligned if treating it as such moves no voxel by more than this."""
+
+REASONS = {
+    "missing": "the file is not there or can't be opened",
+    "not_nifti": "no NIfTI-1 or NIfTI-2 single-file header",
+    "bad_header": "the header contradicts itself",
+    "truncated": "the gzip stream or the file ends early",
+    "bad_gzip": "the gzip stream is corrupt",
+    "bad_crc": "the gzip checksum does not match",
+    "short_data": "fewer voxels than the header promises",
+    "excess_data": "more bytes than the header promises",
+    "rgb": "colour voxels",
+    "complex": "complex voxels",
+    "dtype": "a voxel type that is not a number CT can be stored in",
+    "not_3d": "two dimensions, or a real fourth one",
+    "no_geometry": "neither sform nor qform is set",
+    "bad_affine": "NaN, zero or singular affine",
+    "zero_spacing": "a spacing of zero, or not a number",
+    "absurd_spacing": "a spacing or extent no CT has",
+    "geometry_conflict": "sform, qform and pixdim tell different stories",
+    "bad_scaling": "slope without a usable intercept",
+    "non_finite": "NaN or infinite voxels",
+    "air_only": "nothing above the window's low end",
+    "not_hu": "intensities that can't be HU",
+    "not_labels": "label values that are not whole numbers from 0 to 65535",
+    "label_grid": "label and image lie on different grids",
+    "several_channels": "more than one image channel",
+    "duplicate": "the same voxels as another case",
+    "worker_died": "the worker process ended while it held this volume",
+}
+"""Reason codes of refusals, as they appear in ``data_report.jsonl``."""
+
+
+class VolumeError(ValueError):
+    """A volume that can't be used: ``code`` is a key of ``REASONS``; the message is one line naming the
+    file.
+    """
+
+    def __init__(self, code: str, path: str | Path, message: str) -> None:
+        assert code in REASONS, code
+        self.code, self.path, self.message = code, str(path), " ".join(str(message).split())
+        super().__init__(f"{self.path}: {self.message} [{code}]")
+
+    def __reduce__(self) -> tuple:
+        return VolumeError, (self.code, self.path, self.message)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Voxels (i, j, k) as stored, any number type; their value is ``slope * voxel + intercept`` (HU for
+    CT).
+    """
+
+    voxels: NumpyArray
+    affine: NumpyArray
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    @property
+    def spacing(self) -> Spacing:
+        """Distance in mm between neighbours along each stored axis."""
+        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(i), float(j), float(k)
+
+    def values(self) -> NumpyArray:
+        """All voxels with slope and intercept applied, float32 (i, j, k)."""
+        return self.voxels.astype(np.float32) * np.float32(self.slope) + np.float32(self.intercept)
+
+
+# ------------------------------------------------------------------------------------------------ geometry
+
+
+def straight_axes(
+    affine: NumpyArray, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[bool, ...]] | None:
+    """Which stored axis runs along R, A and S, and which of them backwards; None if the affine is tilted.
+
+    Args:
+        affine: (4, 4), mm. shape: stored size.
+    """
+    matrix = affine[:3, :3]
+    axes = tuple(int(a) for a in np.argmax(np.abs(matrix), axis=1))
+    if sorted(axes) != [0, 1, 2]:
+        return None
+    rest = matrix.copy()
+    rest[range(3), axes] = 0.0
+    # what the neglected entries move the farthest voxel by
+    if (np.abs(rest) @ (np.asarray(shape[:3]) - 1.0)).max() > STRAIGHT_TOLERANCE:
+        return None
+    return axes, tuple(bool(matrix[r, a] < 0) for r, a in enumerate(axes))
+
+
+def same_grid(a: Volume, b: Volume, tolerance: float = 0.5) -> bool:
+    """Whether two volumes cover the same voxels in space, whatever order and direction their axes are stored
+    in.
+
+    ``tolerance`` is in mm, at the farthest corner.
+    """
+    (size_a, affine_a), (size_b, affine_b) = _canonical(a), _canonical(b)
+    if size_a != size_b:
+        return False
+    corners = _corners(size_a)
+    return bool(np.abs((affine_a - affine_b) @ corners).max() <= tolerance)
+
+
+def _canonical(volume: Volume) -> tuple[tuple[int, ...], NumpyArray]:
+    """Size and affine after permuting and mirroring axes to come closest to RAS."""
+    turn = orientations.io_orientation(volume.affine)
+    shape = volume.voxels.shape
+    size = [0, 0, 0]
+    for stored, axis in enumerate(turn[:, 0].astype(int)):
+        size[axis] = shape[stored]
+    return tuple(size), volume.affine @ orientations.inv_ornt_aff(turn, shape)
+
+
+def _corners(shape: tuple[int, ...]) -> NumpyArray:
+    """Homogeneous indices (4, 8) of a volume's corner voxels."""
+    return np.array(np.meshgrid(*[(0, n - 1) for n in shape], (1,), indexing="ij"), np.float64).reshape(4, -1)
+
+
+def _straight_grid(volume: Volume) -> tuple[Size3, NumpyArray, NumpyArray] | None:
+    """Size, first voxel's position and spacing in RAS order, or None if tilted."""
+    found = straight_axes(volume.affine, volume.voxels.shape)
+    if found is None:
+        return None
+    axes, backwards = found
+    size = tuple(volume.voxels.shape[a] for a in axes)
+    step = np.abs(volume.affine[range(3), axes])
+    corner = np.zeros(4)
+    corner[3] = 1.0
+    for axis, back, n in zip(axes, backwards, size, strict=True):
+        corner[axis] = n - 1.0 if back else 0.0
+    return size, (volume.affine @ corner)[:3], step  # type: ignore[return-value]
+
+
+# ------------------------------------------------------------------------------------------------ resampling
+
+
+def resample(volume: Volume, spacing: Spacing, *, label: bool = False, dtype: type = np.float32) -> Volume:
+    """Put a volume on an axis-aligned RAS grid of the given spacing.
+
+    Straight volumes keep their first RAS voxel's centre, and get MONAI's size ``round((n - 1) s / spacing +
+    1)`` per axis; beyond the last centre the edge is repeated. Tilted, sheared and oblique ones fill their
+    bounding box, with ``AIR`` (labels: 0) where there was no scan. Images are interpolated trilinearly,
+    labels take the nearest voxel.
+
+    Args:
+        volume: as read. spacing: mm along R, A, S. dtype: of the result; integers are rounded and clipped to
+            range.
+
+    Returns:
+        Volume (h, w, d), C-contiguous, slope 1 and intercept 0.
+    """
+    grid = _straight_grid(volume)
+    if grid is None:
+        return _resample_tilted(volume, spacing, label, dtype)
+    size, first, step = grid
+    axes, backwards = straight_axes(volume.affine, volume.voxels.shape)  # type: ignore[misc]
+    positions: list[NumpyArray] = [np.empty(0)] * 3  # per stored axis, in stored index units
+    for r, axis in enumerate(axes):
+        count = int(np.round((size[r] - 1) * step[r] / spacing[r] + 1.0))
+        where = np.minimum(np.arange(count) * (spacing[r] / step[r]), size[r] - 1.0)
+        if label:
+            where = np.minimum(np.floor(where + 0.5), size[r] - 1.0)
+        positions[axis] = size[r] - 1.0 - where if backwards[r] else where
+    turn = np.argsort(axes)  # of the result's axes, in stored order
+    out: NumpyArray = np.empty([len(positions[a]) for a in axes], dtype)
+    _fill(volume, positions, label, out.transpose(turn).transpose(2, 1, 0))
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = first
+    return Volume(out, affine)
+
+
+_SLAB = 32
+"""Slices interpolated before they are written: transposing many at once keeps to the cache's lines."""
+
+
+def _fill(volume: Volume, positions: list[NumpyArray], label: bool, out: NumpyArray) -> None:
+    """Write ``out`` (k, j, i), any strides: the volume at the product of ``positions`` (i, j, k).
+
+    NIfTI stores i fastest, so slices of k are contiguous; one is read at a time, so memory stays bounded.
+    Neighbours are gathered and mixed, axis by axis: faster than matrix products with the banded weights, and
+    free of BLAS threads that fight over busy cores.
+    """
+    planes = _nearest_planes(volume, positions) if label else _mixed_planes(volume, positions)
+    slab: NumpyArray = np.empty((_SLAB, *out.shape[1:]), out.dtype)
+    for start in range(0, len(out), _SLAB):
+        stop = min(start + _SLAB, len(out))
+        for n in range(stop - start):
+            slab[n] = _cast(next(planes), out.dtype.type)
+        out[start:stop] = slab[: stop - start]
+
+
+def _mixed_planes(volume: Volume, positions: list[NumpyArray]) -> Iterator[NumpyArray]:
+    """Trilinear planes (j, i), float32, one per position along k."""
+    slices = volume.voxels.transpose(2, 1, 0)
+    (i0, i1, it), (j0, j1, jt), (k0, k1, kt) = (
+        _neighbours(p, n) for p, n in zip(positions, volume.voxels.shape)
+    )
+    plane = np.empty(slices.shape[1:], np.float32)
+    slope, intercept = np.float32(volume.slope), np.float32(volume.intercept)
+    same_rows, same_columns = (
+        np.array_equal(positions[a], np.arange(volume.voxels.shape[a])) for a in (1, 0)
+    )
+
+    def in_plane(k: int) -> NumpyArray:
+        np.copyto(plane, slices[k], casting="unsafe")
+        if slope != 1:
+            np.multiply(plane, slope, out=plane)
+        if intercept != 0:
+            np.add(plane, intercept, out=plane)
+        rows = plane if same_rows else plane[j0] * (1 - jt[:, None]) + plane[j1] * jt[:, None]
+        return rows.copy() if same_columns else rows.take(i0, 1) * (1 - it) + rows.take(i1, 1) * it
+
+    kept: dict[int, NumpyArray] = {}
+    for low, high, t in zip(k0.tolist(), k1.tolist(), kt):
+        kept = {k: kept[k] if k in kept else in_plane(k) for k in dict.fromkeys((low, high))}
+        yield kept[low] if t == 0 else kept[low] * (1 - t) + kept[high] * t
+
+
+def _nearest_planes(volume: Volume, positions: list[NumpyArray]) -> Iterator[NumpyArray]:
+    """Planes (j, i) of the nearest voxels, one per position (whole numbers) along k."""
+    slices = volume.voxels.transpose(2, 1, 0)
+    i, j, k = (p.astype(np.intp) for p in positions)
+    plain = volume.slope == 1 and volume.intercept == 0
+    seen, plane = -1, np.empty(0)
+    for n in k.tolist():
+        if n != seen:
+            plane = slices[n].take(j, 0).take(i, 1)
+            plane = plane if plain else plane * volume.slope + volume.intercept
+            seen = n
+        yield plane
+
+
+def _neighbours(positions: NumpyArray, size: int) -> tuple[NumpyArray, NumpyArray, NumpyArray]:
+    low = np.clip(np.floor(positions).astype(np.intp), 0, size - 1)
+    return low, np.minimum(low + 1, size - 1), (positions - low).astype(np.float32)
+
+
+def _resample_tilted(volume: Volume, spacing: Spacing, label: bool, dtype: type) -> Volume:
+    from scipy import ndimage  # slow to import, rarely needed
+
+    shape = volume.voxels.shape
+    world = (volume.affine @ _corners(shape))[:3]
+    low, high = world.min(axis=1), world.max(axis=1)
+    size = tuple(int(n) for n in np.round((high - low) / spacing + 1.0))
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = low
+    to_index = np.linalg.inv(volume.affine) @ affine
+    # drawn in by a hair, so that rounding does not put the outermost voxels outside
+    middle = (np.array(shape) - 1) / 2
+    to_index[:3] *= 1 - 1e-9
+    to_index[:3, 3] += 1e-9 * middle
+    fill = 0.0 if label else AIR
+    moved = ndimage.affine_transform(
+        volume.values(), to_index, output_shape=size, order=0 if label else 1, mode="constant", cval=fill
+    )
+    return Volume(np.ascontiguousarray(_cast(moved, dtype)), affine)
+
+
+def _cast(values: NumpyArray, dtype: type) -> NumpyArray:
+    if not np.issubdtype(dtype, np.integer):
+        return values.astype(dtype, copy=False)
+    limits: Any = np.iinfo(dtype)
+    if values.dtype.kind in "iu":
+        return np.clip(values, limits.min, limits.max).astype(dtype)
+    values = np.rint(values)
+    return np.clip(values, limits.min, limits.max, out=values).astype(dtype)
+
+
+# ------------------------------------------------------------------------------------------------ intensities
+
+
+def window_intensity(
+    hu: NumpyArray, window: tuple[float, float], out: NumpyArray | None = None
+) -> NumpyArray:
+    """HU clipped to the window and scaled to [0, 1], float32, any shape."""
+    low, high = window
+    out = np.empty(hu.shape, np.float32) if out is None else out
+    np.copyto(out, hu, casting="unsafe")
+    out -= np.float32(low)
+    out *= np.float32(1.0 / (high - low))
+    return np.clip(out, 0.0, 1.0, out=out)
+
+
+def foreground_box(hu: NumpyArray, low: float) -> NumpyArray | None:
+    """Smallest box holding every voxel above ``low`` HU: int64 (2, 3), first and one past the last; None if
+    none.
+    """
+    over_d = hu.max(axis=2)
+    reach = (over_d.max(axis=1), over_d.max(axis=0), hu.max(axis=(0, 1)))
+    inside = [np.flatnonzero(values > low) for values in reach]
+    if len(inside[0]) == 0:
+        return None
+    return np.array([[w[0] for w in inside], [w[-1] + 1 for w in inside]], np.int64)

@@ -1,0 +1,115 @@
+"""The reconstruction decoder: batch-normalised convolutions from a densified pyramid up to full resolution."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from mambamim_jax.model.mask import Mask
+from mambamim_jax.model.masked_layers import Conv3
+from mambamim_jax.model.upsample import Upsample2
+from mambamim_jax.ops.upsample_conv import upsample_conv3
+from mambamim_jax.types import Array
+
+
+def truncated_normal(key: Array, shape: tuple[int, ...], std: float, bound: float) -> Array:
+    """Normal of deviation std cut at ±bound (in the same unit), not rescaled, as timm's `trunc_normal_`."""
+    return std * jax.random.truncated_normal(key, -bound / std, bound / std, shape, jnp.float32)
+
+
+class BatchNorm(nnx.Module):
+    """BatchNorm over all axes but the last: eps 1e-5, momentum 0.1 in PyTorch's sense, statistics in float32.
+
+    In training the running variance takes the unbiased variance of the batch. Under `jax.jit` on a mesh a batch
+    sharded over devices is one batch: its statistics are global.
+    """
+
+    def __init__(self, channels: int, *, dtype: DTypeLike = jnp.float32):
+        self.dtype, self.eps, self.momentum = dtype, 1e-5, 0.1
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros((channels,), jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones((channels,), jnp.float32))
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        if train:
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            axes = tuple(range(x.ndim - 1))
+            mean = jnp.mean(wide, axes)
+            var = jnp.mean(jnp.square(wide - mean), axes)
+            count = math.prod(x.shape[:-1])
+            keep = 1.0 - self.momentum
+            self.mean.set_value(keep * self.mean[...] + self.momentum * lax.stop_gradient(mean))
+            unbiased = lax.stop_gradient(var) * (count / max(count - 1, 1))
+            self.var.set_value(keep * self.var[...] + self.momentum * unbiased)
+        else:
+            mean, var = self.mean[...], self.var[...]
+        slope = self.scale[...] * lax.rsqrt(var + self.eps)
+        return (x * slope + (self.bias[...] - mean * slope)).astype(self.dtype)
+
+
+class DecoderConv3(Conv3):
+    """Dense 3x3x3 convolution with bias on (b, h, w, d, c), weights of deviation 0.02."""
+
+    def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        super().__init__(inputs, outputs, dtype=dtype, rngs=rngs)
+        self.kernel = nnx.Param(truncated_normal(rngs.params(), (3, 3, 3, inputs, outputs), 0.02, 2.0))
+        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
+
+    def __call__(self, x: Array, mask: Mask | None = None) -> Array:
+        return super().__call__(x[:, None], mask)[:, 0]
+
+    def after_upsampling(self, x: Array, upsample: Upsample2) -> Array:
+        """self(upsample(x)), computed as one operation."""
+        assert upsample.bias is not None
+        assert self.bias is not None
+        y = upsample_conv3(x.astype(self.dtype), upsample.kernel[...], upsample.bias[...], self.kernel[...])
+        return y + self.bias[...].astype(self.dtype)
+
+
+class ConvPair(nnx.Module):
+    """2 x [3x3x3 convolution, BatchNorm, ReLU], the first convolution joined with an upsampling before it if given."""
+
+    def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.conv1 = DecoderConv3(inputs, outputs, dtype=dtype, rngs=rngs)
+        self.norm1 = BatchNorm(outputs, dtype=dtype)
+        self.conv2 = DecoderConv3(outputs, outputs, dtype=dtype, rngs=rngs)
+        self.norm2 = BatchNorm(outputs, dtype=dtype)
+
+    def __call__(self, x: Array, train: bool, upsample: Upsample2 | None = None) -> Array:
+        y = self.conv1(x) if upsample is None else self.conv1.after_upsampling(x, upsample)
+        x = jax.nn.relu(self.norm1(y, train))
+        return jax.nn.relu(self.norm2(self.conv2(x), train))
+
+
+class ReconstructionDecoder(nnx.Module):
+    """Four steps from stride 16 to 1: fuse with the pyramid's map, upsample, halve the width; then 1x1x1 to voxels.
+
+    METHOD section 5. Takes maps at strides 16, 8, 4, 2 of widths W, W/2, W/4, W/8 and gives (b, h, w, d, outputs).
+    """
+
+    def __init__(self, width: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.dtype = dtype
+        widths = [width // 2**i for i in range(5)]
+        self.fuse = nnx.List([ConvPair(2 * w, w, dtype=dtype, rngs=rngs) for w in widths[1:4]])
+        self.upsample = nnx.List([Upsample2(w, w, dtype=dtype, rngs=rngs) for w in widths[:4]])
+        self.refine = nnx.List(
+            [ConvPair(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)]
+        )
+        self.kernel = nnx.Param(truncated_normal(rngs.params(), (widths[4], outputs), 0.02, 2.0))
+        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
+
+    def __call__(self, maps: tuple[Array, ...], train: bool) -> Array:
+        x = maps[0]
+        for i in range(4):
+            if i > 0:
+                x = self.fuse[i - 1](jnp.concatenate([x, maps[i]], axis=-1), train)
+            x = self.refine[i](x, train, self.upsample[i])
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y.astype(jnp.promote_types(y.dtype, jnp.float32)) + self.bias[...]

@@ -1,0 +1,146 @@
+"""The selective scan's public function: checks, choice of the implementation, and the one custom gradient."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from mambamim_jax.ops.selective_scan import reference, triton, xla
+from mambamim_jax.ops.selective_scan.contract import ScanInputs, like_inputs
+from mambamim_jax.types import Array
+
+log = logging.getLogger(__name__)
+
+
+class Kernel(NamedTuple):
+    """An implementation with its own backward pass; see `contract` for the two signatures."""
+
+    forward: Callable[..., tuple[Array, Array, Any]]
+    backward: Callable[..., ScanInputs]
+
+
+PLAIN = {"reference": reference.scan, "associative": xla.associative}
+"""Implementations that JAX differentiates: f(inputs, reverse) -> y, last_state."""
+KERNELS = {
+    "sequential": Kernel(xla.sequential_forward, xla.sequential_backward),
+    "pallas_triton": Kernel(triton.forward, triton.backward),
+}
+"""Implementations with a backward pass of their own."""
+IMPLEMENTATIONS = ("auto", *PLAIN, *KERNELS)
+
+
+def selective_scan(
+    u: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None = None,
+    z: Array | None = None,
+    delta_bias: Array | None = None,
+    *,
+    initial_state: Array | None = None,
+    return_last_state: bool = False,
+    reverse: bool = False,
+    implementation: str = "auto",
+) -> Array | tuple[Array, Array]:
+    """Mamba's selective state space recurrence with softplus, skip and gate fused in.
+
+        Δ_t = softplus(delta_t + delta_bias)
+        h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t
+        y_t = (C_t · h_t + D u_t) SiLU(z_t)
+
+    Gu and Dao, *Mamba*, arXiv 2312.00752, section 3. Differentiable in every array argument.
+
+    Args:
+        u: inputs (b, l, e), l ≥ 1, any float dtype.
+        delta: step sizes before bias and softplus (b, l, e).
+        A: state matrix's diagonal (e, n), negative.
+        B: input projection (b, l, n).
+        C: output projection (b, l, n).
+        D: skip (e,), or None for none.
+        z: gate (b, l, e), or None for none.
+        delta_bias: (e,), or None for none.
+        initial_state: state before the first token run (b, e, n), or None for zeros.
+        return_last_state: whether to return the state after the last token run too.
+        reverse: run from the last token to the first. The initial state then precedes the last token, and the
+            last state is the one after token 0.
+        implementation: "auto" (by device), "reference", "associative", "sequential" or "pallas_triton".
+
+    Returns:
+        y (b, l, e) in u's dtype; with ``return_last_state`` also the state (b, e, n), float32, or float64
+        where an input is. Arithmetic is in the state's dtype whatever the inputs' are.
+
+    Raises:
+        ValueError: if the shapes do not fit each other, or the implementation is unknown.
+        NotImplementedError: for the implementation "pallas_mosaic", whose place is reserved.
+    """
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    _check(inputs)
+    name = _choose(inputs) if implementation == "auto" else implementation
+    if name == "pallas_mosaic":
+        raise NotImplementedError(
+            "selective_scan: implementation 'pallas_mosaic' is not written yet; "
+            "expected 'auto' or 'pallas_triton' on an NVIDIA GPU"
+        )
+    if name in PLAIN:
+        y, last = PLAIN[name](inputs, reverse)
+    elif name in KERNELS:
+        y, last = _kernel_scan(name, reverse, inputs)
+    else:
+        raise ValueError(
+            f"selective_scan: unknown implementation {name!r}, expected one of {IMPLEMENTATIONS}"
+        )
+    return (y, last) if return_last_state else y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kernel_scan(name: str, reverse: bool, inputs: ScanInputs) -> tuple[Array, Array]:
+    y, last, _ = KERNELS[name].forward(inputs, reverse, save=False)
+    return y, last
+
+
+def _kernel_scan_forward(name: str, reverse: bool, inputs: ScanInputs) -> tuple[tuple[Array, Array], tuple]:
+    y, last, saved = KERNELS[name].forward(inputs, reverse, save=True)
+    return (y, last), (inputs, saved)
+
+
+def _kernel_scan_backward(name: str, reverse: bool, residuals: tuple, cotangents: tuple) -> tuple[ScanInputs]:
+    inputs, saved = residuals
+    return (like_inputs(KERNELS[name].backward(inputs, saved, *cotangents, reverse), inputs),)
+
+
+_kernel_scan.defvjp(_kernel_scan_forward, _kernel_scan_backward)
+
+
+def _choose(inputs: ScanInputs) -> str:
+    """The fastest implementation for the default device and these inputs."""
+    device: Any = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
+    platform = device if isinstance(device, str) else device.platform
+    if platform == "cpu":
+        return "sequential"
+    reason = triton.refusal(inputs, platform, getattr(device, "compute_capability", ""))
+    if reason is None:
+        return "pallas_triton"
+    _log_once(f"selective_scan: the associative scan runs instead of the GPU kernel: {reason}")
+    return "associative"
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning(message)
+
+
+def _check(inputs: ScanInputs) -> None:
+    u, A = inputs.u.shape, inputs.A.shape
+    if len(u) != 3 or len(A) != 2 or u[1] < 1:
+        raise ValueError(f"selective_scan: found u {u} and A {A}, expected (b, l, e) with l ≥ 1 and (e, n)")
+    (b, l, e), n = u, A[1]
+    expected = [u, u, (e, n), (b, l, n), (b, l, n), (e,), u, (e,), (b, e, n)]
+    for name, array, shape in zip(ScanInputs._fields, inputs, expected):
+        if array is not None and array.shape != shape:
+            raise ValueError(f"selective_scan: found {name} {array.shape}, expected {shape} (u {u}, A {A})")

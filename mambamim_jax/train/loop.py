@@ -1,0 +1,302 @@
+"""The training loop, whatever the task: steps, metrics, pictures, checkpoints, and a stop that loses nothing.
+
+Metrics of a step are fetched while the next one runs. Before anything is saved, or at the end, the loop
+catches up, so no state is saved whose step was not seen to be finite.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from mambamim_jax import visualise
+from mambamim_jax.settings import ConfigError, OptimConfig, RunConfig
+from mambamim_jax.train.checkpoint import Checkpoints
+from mambamim_jax.train.logs import RunLog, read_rows
+from mambamim_jax.train.optim import AdamW, Schedule
+from mambamim_jax.train.progress import Show, Terminal, duration
+from mambamim_jax.train.step import (
+    RUN_SELDOM,
+    NonFiniteError,
+    State,
+    Task,
+    abstract_state,
+    explain_non_finite,
+    initial_state,
+    make_step,
+    step_key,
+)
+from mambamim_jax.types import NumpyArray
+
+PANEL_CROPS = 2
+ENDS = 10
+
+
+class Stream(Protocol):
+    """An endless iterator over batches that can be resumed."""
+
+    def __next__(self) -> dict[str, NumpyArray]: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Loader(Protocol):
+    """What the loop needs of the data."""
+
+    @property
+    def batches_per_epoch(self) -> int: ...
+    def __iter__(self) -> Stream: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      step: updates done. steps: updates planned.
+      first_loss, last_loss: means over the first and the last ten steps of the whole run.
+      samples_per_second: since this process started training, without its first step (compilation).
+      signal: the number of the signal that ended it early, or 0.
+    """
+
+    step: int
+    steps: int
+    first_loss: float
+    last_loss: float
+    samples_per_second: float
+    signal: int = 0
+
+
+@dataclass
+class _Pending:
+    """A step that has been dispatched, not yet looked at."""
+
+    step: int
+    metrics: dict[str, Any]
+    batch: dict[str, NumpyArray]
+    wait: float
+
+
+def make_optimiser(config: OptimConfig, steps: int, untrained: tuple[str, ...]) -> tuple[AdamW, Schedule]:
+    """AdamW and the schedule of a run of so many steps."""
+    adamw = AdamW(config.betas, config.eps, config.clip_norm, untrained)
+    warmup = round(config.warmup * steps)
+    return adamw, Schedule(config.learning_rate, warmup, steps, config.weight_decay, config.weight_decay_end)
+
+
+def train(
+    task: Task, loader: Loader, config: RunConfig, workdir: Path, checkpoints: Checkpoints, terminal: Terminal
+) -> Outcome:
+    """Trains to the end, from the newest checkpoint where there is one.
+
+    Raises:
+      NonFiniteError: the loss or a gradient was not finite; nothing of that step is kept.
+      ConfigError: the data are not those that the run was started with.
+    """
+    steps = config.total_steps(loader.batches_per_epoch)
+    adamw, schedule = make_optimiser(config.optim, steps, task.unused_parameters)
+    stream = iter(loader)
+    like = abstract_state(task, adamw)
+    restored = checkpoints.restore(like)
+    start = restored.step if restored else 0
+    if restored:
+        _resume_stream(stream, restored.data, workdir)
+        terminal.say(f"continuing at step {start} of {steps} from {checkpoints.folder / str(start)}")
+    log = RunLog(workdir, start)
+    names = list(adamw.trained(like["params"]))
+    panel = _Panel(task, loader, config.seed) if task.panel else None
+    run = _Run(task, config, workdir, checkpoints, terminal, log, names, panel, start, steps)
+    try:
+        if start < steps:
+            state = restored.state if restored else initial_state(task, adamw, config.seed)
+            step = make_step(task, adamw, schedule, seed=config.seed, accumulate=config.optim.accumulate)
+            with caught_signals() as caught:
+                run.go(step, state, stream, caught)
+        checkpoints.wait()
+        return run.finish()
+    finally:
+        log.close()
+
+
+def _resume_stream(stream: Stream, state: dict[str, Any], workdir: Path) -> None:
+    try:
+        stream.set_state(state)
+    except ValueError as error:
+        expected, advice = f"the data of the run in {workdir}", "use those, or another --workdir"
+        raise ConfigError("config.data", str(error), expected, advice) from error
+
+
+@dataclass
+class _Run:
+    """One call of ``train``; the fields that have a default change as it goes."""
+
+    task: Task
+    config: RunConfig
+    workdir: Path
+    checkpoints: Checkpoints
+    terminal: Terminal
+    log: RunLog
+    names: list[str]
+    panel: _Panel | None
+    start: int
+    steps: int
+    step: int = 0
+    loss: float = float("nan")
+    signal: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    clock: float = 0.0
+
+    def go(self, step_function: Callable, state: State, stream: Stream, caught: list[int]) -> None:
+        """All remaining steps."""
+        title, log, every = self.task.name, self.config.log, self.config.checkpoint.every
+        with self.terminal.training(title, self.start, self.steps, log.every) as show:
+            pending: _Pending | None = None
+            self.clock = time.monotonic()
+            for step in range(self.start + 1, self.steps + 1):
+                before = time.monotonic()
+                batch = take(next(stream), self.task.inputs)
+                wait = time.monotonic() - before
+                state, metrics = step_function(state, batch)
+                if pending:
+                    self.settle(pending, state, show)
+                pending = _Pending(step, metrics, batch, wait)
+                last = step == self.steps or bool(caught)
+                drawing, saving = last or step % log.panel_every == 0, last or step % every == 0
+                if drawing or saving:
+                    self.settle(pending, state, show)
+                    pending = None
+                if drawing:
+                    self.draw(state)
+                if saving:
+                    self.log.sync()
+                    self.checkpoints.save(step, state, stream.get_state(), self.config)
+                if caught:
+                    self.signal = caught[0]
+                    break
+
+    def settle(self, pending: _Pending, state: State, show: Show) -> None:
+        """Waits for a step, checks that it was finite, logs and shows it."""
+        metrics = {name: np.asarray(value) for name, value in pending.metrics.items()}
+        now = time.monotonic()
+        seconds, self.clock = now - self.clock, now
+        if not metrics["finite"]:
+            text = explain_non_finite(pending.step, metrics, self.names, state, pending.batch)
+            raise NonFiniteError(f"{text}; {self.last_good()}")
+        size = len(next(iter(pending.batch.values())))
+        if pending.step > self.start + 1:
+            self.samples, self.seconds = self.samples + size, self.seconds + seconds
+        row = {name: float(metrics[name]) for name in ("loss", "grad_norm", "lr", "weight_decay")}
+        row |= {"seconds": seconds, "samples_per_second": size / seconds, "data_wait": pending.wait / seconds}
+        self.step, self.loss, row = pending.step, row["loss"], {"step": pending.step, **row}
+        self.log.row(row)
+        if pending.step % self.config.log.every == 0 or pending.step == self.steps:
+            self.log.scalars(row)
+        show(pending.step, f"loss {row['loss']:.4f}  {self.rate():.2f} samples/s")
+
+    def rate(self) -> float:
+        """Samples per second."""
+        return self.samples / self.seconds if self.seconds else 0.0
+
+    def last_good(self) -> str:
+        """Where a run that broke can be continued from."""
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        where = f"step {steps[-1]} in {self.checkpoints.folder}" if steps else "none, it had not come so far"
+        return f"last good checkpoint: {where}"
+
+    def draw(self, state: State) -> None:
+        """The panel, as a PNG and for TensorBoard."""
+        if self.panel is None:
+            return
+        step = self.step
+        image = self.panel.draw(state, f"{self.task.name}, step {step}, loss {self.loss:.4f}")
+        visualise.write_png(image, self.workdir / "panels" / f"step_{step:07d}.png")
+        self.log.picture("panel", image, step)
+        self.clock = time.monotonic()
+
+    def finish(self) -> Outcome:
+        """The loss curve and the summary."""
+        rows = read_rows(self.log.path)
+        losses = [row["loss"] for row in rows] or [float("nan")]
+        first, last = float(np.mean(losses[:ENDS])), float(np.mean(losses[-ENDS:]))
+        step = rows[-1]["step"] if rows else 0
+        if rows:
+            curve = visualise.draw_loss_curve(rows, f"{self.task.name}: loss")
+            visualise.write_png(curve, self.workdir / "loss.png")
+        outcome = Outcome(step, self.steps, first, last, self.rate(), self.signal)
+        for line in self.summary(outcome, sum(row["seconds"] for row in rows)):
+            self.terminal.say(line)
+        return outcome
+
+    def summary(self, outcome: Outcome, seconds: float) -> list[str]:
+        """One screen: what was trained, how it went, where everything is."""
+        done = "done" if outcome.step >= outcome.steps else f"stopped by signal {outcome.signal}"
+        took, kept = duration(seconds), ", ".join(map(str, self.checkpoints.steps()))
+        fall = f"{outcome.first_loss:.4f} → {outcome.last_loss:.4f} (means of {ENDS} steps)"
+        lines = [
+            "",
+            f"{self.task.name} {done}: step {outcome.step} of {outcome.steps}, {took} of training",
+            *(f"  {line}" for line in self.task.description),
+            f"  loss         {fall}",
+            f"  speed        {outcome.samples_per_second:.2f} samples/s",
+            f"  checkpoints  {self.checkpoints.folder} (steps {kept})",
+            f"  panels       {self.workdir / 'panels'}" if self.panel else "",
+            f"  loss curve   {self.workdir / 'loss.png'}",
+            f"  metrics      {self.log.path}",
+            f"  TensorBoard  tensorboard --logdir {self.workdir / 'tensorboard'}",
+        ]
+        return [line for number, line in enumerate(lines) if line or number == 0]
+
+
+def take(batch: dict[str, NumpyArray], names: tuple[str, ...]) -> dict[str, NumpyArray]:
+    """The parts of a loader's batch that a task asks for."""
+    return {name: batch[name] for name in names}
+
+
+class _Panel:
+    """Pictures of the same crops, with the same patches hidden, all through a run."""
+
+    def __init__(self, task: Task, loader: Loader, seed: int):
+        assert task.panel
+        self.batch = {
+            name: part[:PANEL_CROPS] for name, part in take(next(iter(loader)), task.inputs).items()
+        }
+        self.function = jax.jit(task.panel, compiler_options=RUN_SELDOM)
+        self.titles, self.key = task.titles, step_key(seed, 0)
+
+    def draw(self, state: State, heading: str) -> NumpyArray:
+        parts = self.function(state["params"], state["batch_stats"], self.batch, self.key)
+        volumes = {title: np.asarray(parts[title][0]) for title in self.titles}
+        return visualise.draw_panel(volumes, heading)
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM fill the list, so that the loop can save and end; a second one acts as usual."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: Any) -> None:
+        caught.append(number)
+        signal.signal(number, usual[signal.Signals(number)])
+
+    for number in usual:
+        signal.signal(number, handle)
+    try:
+        yield caught
+    finally:
+        for number, before in usual.items():
+            signal.signal(number, before)

@@ -1,0 +1,168 @@
+"""One training step for any task: a pure jitted function on plain dicts.
+
+The state is {"params", "batch_stats", "opt_state", "step"}; ``step`` counts the updates done. A step's key is
+a function of (seed, step), so a resumed run draws what an undisturbed one would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mambamim_jax.train.optim import AdamW, Schedule, paths
+from mambamim_jax.types import Array, NumpyArray, Tree
+
+State: TypeAlias = dict[str, Any]
+Batch: TypeAlias = dict[str, Any]
+RUN_SELDOM: dict[str, str | bool | int | float] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+"""For what runs seldom: compiled in a fraction of the time (random numbers: a sixth), but slower."""
+Loss: TypeAlias = Callable[[Tree, Tree, Batch, Array], tuple[Array, Tree]]
+
+
+def _keep(batch: Batch, key: Array) -> Batch:
+    return batch
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the loop trains: everything that differs between pre-training and fine-tuning.
+
+    Attributes:
+      name: for headings.
+      inputs: which parts of the loader's batches it takes.
+      init: key → (params, batch_stats), plain nested dicts; pure, so that it can be jitted and sharded.
+      loss: (params, batch_stats, batch, key) → (float32 scalar, new batch_stats).
+      prepare: (batch, key) → batch, on the whole global batch, before micro-batches are cut; draws masks.
+      panel: (params, batch_stats, batch, key) → {title: (b, h, w, d)} for ``visualise``, or None.
+      titles: of the pictures, in order.
+      unused_parameters: path prefixes that the loss never reaches.
+      description: lines for the summary.
+    """
+
+    name: str
+    init: Callable[[Array], tuple[Tree, Tree]]
+    loss: Loss
+    prepare: Callable[[Batch, Array], Batch] = _keep
+    panel: Callable[[Tree, Tree, Batch, Array], dict[str, Array]] | None = None
+    titles: tuple[str, ...] = ()
+    unused_parameters: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ("image",)
+    description: tuple[str, ...] = ()
+
+
+def _create(task: Task, optimiser: AdamW, key: Array) -> State:
+    params, stats = task.init(key)
+    moments, step = optimiser.init(params), jnp.zeros((), jnp.int32)
+    return {"params": params, "batch_stats": stats, "opt_state": moments, "step": step}
+
+
+def initial_state(task: Task, optimiser: AdamW, seed: int) -> State:
+    """The state before the first update."""
+    create = partial(_create, task, optimiser)
+    return jax.jit(create, compiler_options=RUN_SELDOM)(jax.random.key(seed))
+
+
+def abstract_state(task: Task, optimiser: AdamW) -> State:
+    """Shapes and dtypes of the state."""
+    return jax.eval_shape(partial(_create, task, optimiser), jax.random.key(0))
+
+
+def step_key(seed: int, step: Array | int) -> Array:
+    """The key of a step, a function of (seed, step) alone."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def make_step(
+    task: Task, optimiser: AdamW, schedule: Schedule, *, seed: int, accumulate: int = 1
+) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
+    """The jitted step: (state, batch) → (state, metrics). The given state is donated.
+
+    A step whose loss or gradient norm is not finite leaves the state as it was.
+
+    Args:
+      accumulate: micro-batches per update; gradient and loss are their means, BatchNorm sees each in turn.
+
+    Returns:
+      A function whose metrics are {"loss", "grad_norm", "lr", "weight_decay", "finite", "grad_squares"}, the
+      last being the squared gradient norm of each tensor in the order of ``optimiser.trained``.
+    """
+    table = jnp.asarray(np.asarray(schedule.table(), dtype=np.float32))
+
+    def step(state: State, table: Array, batch: Batch) -> tuple[State, dict[str, Any]]:
+        key_prepare, key_loss = jax.random.split(step_key(seed, state["step"]))
+        batch = task.prepare(batch, key_prepare)
+        loss, grads, stats = _gradients(task.loss, state, batch, key_loss, accumulate)
+        lr, decay = table[state["step"]]
+        params, opt_state, squares = optimiser.update(grads, state["opt_state"], state["params"], lr, decay)
+        norm = jnp.sqrt(jnp.sum(squares))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new = {"params": params, "batch_stats": stats, "opt_state": opt_state, "step": state["step"] + 1}
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "weight_decay": decay, "finite": finite}
+        return new, metrics | {"grad_squares": squares}
+
+    jitted = jax.jit(step, donate_argnums=0)
+    return lambda state, batch: jitted(state, table, batch)
+
+
+def _gradients(
+    loss: Loss, state: State, batch: Batch, key: Array, accumulate: int
+) -> tuple[Array, Tree, Tree]:
+    """Loss, gradients (means over the micro-batches) and the batch statistics after the last of them."""
+    differentiate = jax.value_and_grad(loss, has_aux=True)
+    if accumulate == 1:
+        (value, stats), grads = differentiate(state["params"], state["batch_stats"], batch, key)
+        return value, grads, stats
+    pieces = jax.tree.map(lambda a: a.reshape(accumulate, a.shape[0] // accumulate, *a.shape[1:]), batch)
+
+    def one(carry: tuple[Array, Tree, Tree], piece: tuple[Batch, Array]) -> tuple[Any, None]:
+        value, grads, stats = carry
+        (extra, stats), more = differentiate(state["params"], stats, *piece)
+        return (value + extra, jax.tree.map(jnp.add, grads, more), stats), None
+
+    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["params"]), state["batch_stats"])
+    (value, grads, stats), _ = jax.lax.scan(one, start, (pieces, jax.random.split(key, accumulate)))
+    return value / accumulate, jax.tree.map(lambda g: g / accumulate, grads), stats
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient is not finite and the run has stopped; launch scripts end with ``exit_code``."""
+
+    exit_code = 3
+
+
+def explain_non_finite(
+    step: int, metrics: dict[str, Any], names: list[str], state: State, batch: dict[str, NumpyArray]
+) -> str:
+    """One line: the step, the loss, and the names of the tensors that are not finite, inputs first.
+
+    Args:
+      step: updates done, this one counted.
+      metrics: of the step that broke.
+      names: paths of the trained parameters, in the order of metrics["grad_squares"].
+      state: after it, so with the parameters that it started from.
+      batch: what it was given.
+    """
+    given = {"batch": batch, "params": state["params"], "batch_stats": state["batch_stats"]}
+    inputs = [path for path, leaf in paths(given).items() if not np.isfinite(np.asarray(leaf)).all()]
+    finite = np.isfinite(np.asarray(metrics["grad_squares"]))
+    gradients = [name for name, ok in zip(names, finite) if not ok]
+    where = _listed("inputs", inputs) if inputs else "batch, parameters and batch statistics are finite"
+    return (
+        f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}; {where}; "
+        f"{_listed('gradients', gradients)} of {len(names)}; the update was discarded"
+    )
+
+
+def _listed(what: str, names: list[str], shown: int = 6) -> str:
+    more = ", …" if len(names) > shown else ""
+    return f"non-finite {what}: {', '.join(names[:shown])}{more} ({len(names)})" if names else f"no {what}"

@@ -1,0 +1,159 @@
+"""Batches: the same whatever the threads, processes and restarts; every volume once per epoch."""
+
+import json
+from collections import Counter
+
+import ct_files
+import numpy as np
+import pytest
+
+from mambamim_jax.data import datasets, loader, store, volume
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loader")
+    return store.prepare(
+        datasets.discover(ct_files.dataset(folder / "source", 7)), folder / "store", workers=1
+    )
+
+
+OPTIONS = {"crop": (16, 16, 32), "crops_per_volume": 2, "volumes_per_batch": 4, "seed": 5}
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def equal(a, b):
+    return all(
+        np.array_equal(x[key], y[key]) for x, y in zip(a, b, strict=True) for key in ("image", "index")
+    )
+
+
+def test_batches_are_as_promised(prepared):
+    data = loader.PretrainLoader(prepared, **OPTIONS)
+    assert data.batches_per_epoch == 2
+    batch = next(iter(data))
+    assert batch["image"].shape == (8, 16, 16, 32, 1)
+    assert batch["image"].dtype == np.float32
+    assert batch["index"].shape == (4,)
+    assert batch["image"].min() == 0.0
+    assert batch["image"].max() <= 1.0
+    # every crop is centred on foreground
+    assert (batch["image"].reshape(8, -1).max(axis=1) > 0).all()
+
+
+def test_any_number_of_threads(prepared):
+    expected = take(iter(loader.PretrainLoader(prepared, **OPTIONS, threads=0)), 6)
+    for threads in (1, 2, 4):
+        assert equal(take(iter(loader.PretrainLoader(prepared, **OPTIONS, threads=threads)), 6), expected)
+    other = take(iter(loader.PretrainLoader(prepared, **{**OPTIONS, "seed": 6})), 6)
+    assert not equal(other, expected)
+
+
+def test_any_number_of_processes(prepared):
+    whole = take(iter(loader.PretrainLoader(prepared, **OPTIONS)), 6)
+    for count in (2, 4):
+        parts = [
+            take(iter(loader.PretrainLoader(prepared, **OPTIONS, process_index=i, process_count=count)), 6)
+            for i in range(count)
+        ]
+        for number, batch in enumerate(whole):
+            volumes = batch["image"].reshape(4, 2, *OPTIONS["crop"], 1)
+            for i in range(count):
+                assert np.array_equal(parts[i][number]["index"], batch["index"][i::count])
+                mine = volumes[i::count].reshape(-1, *OPTIONS["crop"], 1)
+                assert np.array_equal(parts[i][number]["image"], mine)
+
+
+def test_every_epoch_holds_every_volume_once(prepared):
+    data = loader.PretrainLoader(prepared, **OPTIONS)
+    seen = np.concatenate([batch["index"] for batch in take(iter(data), 14)])
+    epochs = seen.reshape(8, 7)
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) > 4
+
+
+def test_resumes_in_mid_epoch_bit_for_bit(prepared):
+    data = loader.PretrainLoader(prepared, **OPTIONS, threads=2)
+    iterator = iter(data)
+    take(iterator, 3)
+    state = json.loads(json.dumps(iterator.get_state()))
+    assert state["examples"] == 12
+    expected = take(iterator, 4)
+    for threads in (0, 4):
+        resumed = iter(loader.PretrainLoader(prepared, **OPTIONS, threads=threads))
+        resumed.set_state(state)
+        assert resumed.get_state() == state
+        assert equal(take(resumed, 4), expected)
+    used = iter(data)
+    take(used, 5)
+    used.set_state(state)
+    assert equal(take(used, 4), expected)
+    halves = iter(loader.PretrainLoader(prepared, **OPTIONS, process_index=1, process_count=2))
+    halves.set_state(state)
+    assert np.array_equal(next(halves)["index"], expected[0]["index"][1::2])
+
+
+def test_refuses_a_state_of_something_else(prepared, tmp_path):
+    state = iter(loader.PretrainLoader(prepared, **OPTIONS)).get_state()
+    for change, word in (
+        ({"seed": 6}, "seed"),
+        ({"volumes_per_batch": 2}, "volumes_per_batch"),
+        ({"crop": (16, 16, 16)}, "sampling"),
+    ):
+        with pytest.raises(ValueError, match=f"^iterator state was saved with {word}"):
+            iter(loader.PretrainLoader(prepared, **{**OPTIONS, **change})).set_state(state)
+    source = prepared.entries[0].source
+    fewer = store.prepare(datasets.discover(source)[1:], prepared.folder, workers=1)
+    with pytest.raises(ValueError, match="fingerprint"):
+        iter(loader.PretrainLoader(fewer, **OPTIONS)).set_state(state)
+    with pytest.raises(ValueError, match="not a multiple of 3 processes"):
+        loader.PretrainLoader(prepared, **OPTIONS, process_count=3)
+    with pytest.raises(ValueError, match="no usable volume"):
+        loader.PretrainLoader(store.Store(prepared.folder, prepared.spec, [], []), **OPTIONS)
+    with pytest.raises(ValueError, match="dtype 'float16'"):
+        loader.PretrainLoader(prepared, **OPTIONS, dtype="float16")
+
+
+def test_flips_and_window_reach_the_crop(prepared):
+    whole = {**OPTIONS, "crop": (64, 64, 64), "crops_per_volume": 1, "volumes_per_batch": 1}
+    plain = next(iter(loader.PretrainLoader(prepared, **whole, flip=(0, 0, 0))))["image"][0, ..., 0]
+    mirrored = next(iter(loader.PretrainLoader(prepared, **whole, flip=(1, 0, 1))))["image"][0, ..., 0]
+    assert np.array_equal(mirrored, plain[::-1, :, ::-1])
+    wide = next(iter(loader.PretrainLoader(prepared, **whole, window=(-1200.0, 3000.0), flip=(0, 0, 0))))
+    assert 0.005 < wide["image"].mean() < 0.3
+    counted = Counter(plain.ravel().tolist())
+    assert counted[0.0] > plain.size / 2  # the padding shows as the window's low end
+
+
+def test_hu_for_windowing_on_the_device(prepared):
+    hu = next(iter(loader.PretrainLoader(prepared, **OPTIONS, dtype="int16")))["image"]
+    expected = next(iter(loader.PretrainLoader(prepared, **OPTIONS)))["image"]
+    assert hu.dtype == np.int16
+    assert np.array_equal(volume.window_intensity(hu, (-175.0, 250.0)), expected)
+
+
+def test_worker_processes_give_the_same(prepared):
+    expected = take(iter(loader.PretrainLoader(prepared, **OPTIONS)), 5)
+    iterator = iter(loader.PretrainLoader(prepared, **OPTIONS, workers=2))
+    iterator.set_state({**iterator.get_state(), "examples": 8})
+    assert equal(take(iterator, 3), expected[2:])
+    assert iterator.get_state()["examples"] == 20
+
+
+def test_compact_encoding_gives_the_same(prepared, tmp_path):
+    pytest.importorskip("blosc2")
+    source = prepared.entries[0].source
+    compact = store.prepare(datasets.discover(source), tmp_path / "store", workers=1, encoding="blosc2")
+    again = store.prepare(datasets.discover(source), tmp_path / "again", workers=1, encoding="blosc2")
+    for n, entry in enumerate(compact.entries):
+        path = f"volumes/{entry.folder}/image.b2nd"
+        assert (compact.folder / path).read_bytes() == (again.folder / path).read_bytes()
+        assert np.array_equal(compact.image(n)[:], prepared.image(n))
+    assert compact.fingerprint == prepared.fingerprint
+    batches = take(iter(loader.PretrainLoader(compact, **OPTIONS)), 4)
+    assert equal(batches, take(iter(loader.PretrainLoader(prepared, **OPTIONS)), 4))
+    other = next(iter(loader.PretrainLoader(compact, **OPTIONS, window=(-900.0, 100.0))))
+    assert equal([other], [next(iter(loader.PretrainLoader(prepared, **OPTIONS, window=(-900.0, 100.0))))])

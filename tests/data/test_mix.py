@@ -1,0 +1,52 @@
+"""Mixing sources: shares as asked, every source gone through before it repeats."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mambamim_jax.data.mix import Mix
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    weights=st.tuples(*[st.integers(1, 50)] * 4),
+    seed=st.integers(0, 99),
+)
+def test_shares_and_coverage(sizes, weights, seed):
+    sources = [f"/data/s{n}" for n, size in enumerate(sizes) for _ in range(size)]
+    given_weights = {f"s{n}": weights[n] for n in range(len(sizes))}
+    mix = Mix.of(sources, given_weights)
+    total = len(sources)
+    assert sum(mix.shares) == total
+    scale = total / sum(given_weights.values())
+    for n, share in enumerate(mix.shares):
+        assert abs(share - weights[n] * scale) < 1
+    drawn = [mix.volume(seed, index) for index in range(total * 6)]
+    for n, members in enumerate(mix.members):
+        mine = [volume for volume in drawn if volume in members]
+        assert len(mine) == mix.shares[n] * 6
+        counts = Counter(mine)
+        fewest, most = min(counts.get(m, 0) for m in members), max(counts.get(m, 0) for m in members)
+        assert most - fewest <= 2  # within an epoch the order of two turns can interleave
+
+
+def test_without_weights_every_volume_once_per_epoch():
+    mix = Mix.of(["a"] * 3 + ["b"] * 4, None)
+    for epoch in range(5):
+        assert sorted(mix.volume(0, epoch * 7 + n) for n in range(7)) == list(range(7))
+
+
+def test_what_does_not_fit_is_refused():
+    sources = ["/data/one", "/data/two"]
+    for weights, words in (
+        ({"one": 1.0}, "no weight for source /data/two"),
+        ({"one": 1.0, "two": 1.0, "three": 1.0}, "weight for 'three'"),
+        ({"one": 0.0, "two": 0.0}, "not all zero"),
+        ({"one": -1.0, "two": 1.0}, "zero or more"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Mix.of(sources, weights)
+    assert Mix.of(sources, {"/data/one": 0.0, "two": 3.0}).shares == (0, 2)

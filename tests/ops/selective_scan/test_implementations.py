@@ -1,0 +1,110 @@
+"""Every implementation of the selective scan against the float64 reference, on one list of shapes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mambamim_jax.ops.selective_scan import IMPLEMENTATIONS, selective_scan, triton, tuning
+from tests import shapes
+from tests.ops.selective_scan.cases import (
+    OPTIONAL,
+    assert_close,
+    cotangents,
+    expected,
+    random_inputs,
+    run,
+    values_and_gradients,
+)
+
+SMALL = (2, 7, 40, 3)
+CASES = [
+    (shape, reverse) for shape in shapes.SCAN for reverse in (False, True) if not reverse or shape[3] < 16
+]
+# Two tokens a chunk keep the interpreted programs small; segments of eight tokens, so that lengths are split.
+LAUNCH = tuning.Launch(inference_chunk=3, chunk=2, warps=1, backward_warps=1, fill=16, shortest=8)
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _interpret_without_a_gpu(monkeypatch):
+    """Kernels run interpreted where there is no GPU, with small launches; compiled with their own on one."""
+    if jax.default_backend() == "gpu":
+        yield
+        return
+    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH)
+    with triton.interpreted():
+        yield
+
+
+@pytest.mark.parametrize("name", [x for x in IMPLEMENTATIONS if x != "auto"])
+class TestImplementation:
+    @pytest.mark.parametrize(("shape", "reverse"), CASES, ids=str)
+    def test_values_and_gradients(self, name, shape, reverse):
+        out, gradients = values_and_gradients(random_inputs(shape), cotangents(shape), name, reverse)
+        want, want_gradients = expected(shape, reverse)
+        assert_close(out, want, 1e-5, "value")
+        assert_close(gradients, want_gradients, 1e-4, "gradient")
+
+    @pytest.mark.parametrize("absent", [OPTIONAL, ("z",), ("D", "initial_state")], ids="-".join)
+    def test_optional_arguments(self, name, absent):
+        inputs = random_inputs(SMALL)._replace(**dict.fromkeys(absent))
+        out, gradients = values_and_gradients(inputs, cotangents(SMALL), name)
+        want, want_gradients = expected(SMALL, absent=absent)
+        assert_close(out, want, 1e-5, "value")
+        assert_close(gradients, want_gradients, 1e-4, "gradient")
+
+    def test_bfloat16_inputs(self, name):
+        inputs = random_inputs(SMALL, jnp.bfloat16)
+        (y, last), gradients = values_and_gradients(inputs, cotangents(SMALL), name)
+        assert y.dtype == jnp.bfloat16
+        assert last.dtype == jnp.float32
+        assert all(g.dtype == jnp.bfloat16 for g in gradients)
+        (want_y, want_last), want_gradients = expected(SMALL, dtype="bfloat16")
+        assert_close(last, want_last, 1e-5, "last state")  # the arithmetic is float32
+        assert_close(y, want_y, 6e-3, "y")
+        assert_close(gradients, want_gradients, 1.5e-2, "gradient")
+
+    def test_vmap(self, name):
+        pairs = [random_inputs(SMALL, seed=seed) for seed in (0, 1)]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *pairs)
+        weights = jax.tree.map(lambda x: jnp.stack([x, x]), cotangents(SMALL))
+
+        def one(inputs, weights):
+            out, pull = jax.vjp(lambda inputs: run(inputs, name), inputs)
+            return out, pull(weights)[0]
+
+        found = jax.jit(jax.vmap(one))(stacked, weights)
+        single = [values_and_gradients(inputs, cotangents(SMALL), name) for inputs in pairs]
+        assert_close(found, jax.tree.map(lambda *x: np.stack(x), *single), 1e-5, "vmap")
+
+    def test_remat(self, name):
+        inputs = random_inputs(SMALL)
+
+        def loss(inputs):
+            return jnp.sum(jnp.sin(run(inputs, name)[0]))
+
+        plain = jax.jit(jax.grad(loss))(inputs)
+        assert_close(jax.jit(jax.grad(jax.checkpoint(loss)))(inputs), plain, 1e-6, "remat")
+
+    @pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
+    def test_chained_halves_equal_the_whole(self, name, reverse):
+        inputs = random_inputs((2, 23, 40, 4))
+        whole = run(inputs, name, reverse)
+        halves = []
+        for part in (slice(None, 9), slice(9, None)):
+            cut = {key: getattr(inputs, key)[:, part] for key in ("u", "delta", "B", "C", "z")}
+            halves.append(inputs._replace(**cut))
+        first, second = reversed(halves) if reverse else halves
+        y_first, state = run(first, name, reverse)
+        y_second, last = run(second._replace(initial_state=state), name, reverse)
+        ys = (y_second, y_first) if reverse else (y_first, y_second)
+        assert_close((jnp.concatenate(ys, 1), last), whole, 1e-5, "chained")
+
+    def test_last_state_only_when_asked(self, name):
+        *arrays, _ = random_inputs(SMALL)
+        y = selective_scan(*arrays, implementation=name)
+        assert y.shape == SMALL[:3]

@@ -1,0 +1,76 @@
+"""Powers along segments against matrix powers, values and gradients, in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mambamim_jax.ops.anchor_powers import anchor_powers
+
+CASES = {
+    "one gap": (1, 7, []),
+    "all anchors": (1, 5, [1, 2, 3]),
+    "two tokens": (1, 2, []),
+    "uneven": (1, 23, [1, 2, 9, 15, 16]),
+    "batch": (3, 40, [4, 5, 20, 33]),
+}
+
+
+def anchors(batch, length, inner):
+    """Start and end of every token's segment, another set of inner anchors in each sample."""
+    start, end = np.zeros((2, batch, length), np.int32)
+    for sample in range(batch):
+        places = sorted({0, length - 1} | {(p * (sample + 1)) % length for p in inner})
+        for token in range(length):
+            start[sample, token] = max(p for p in places if p <= token)
+            end[sample, token] = min((p for p in places if p > token), default=length - 1)
+    return start, end
+
+
+def reference(x, A, start, end):
+    """One matrix power per token."""
+    power = np.maximum(end - 1 - np.arange(x.shape[1]), 0)
+    table = [jnp.eye(len(A), dtype=A.dtype)]
+    for _ in range(power.max()):
+        table.append(table[-1] @ A)
+    matrices = jnp.stack(table)[power]
+    sides = [jnp.take_along_axis(x, jnp.asarray(anchor)[..., None], axis=1) for anchor in (start, end)]
+    return tuple(jnp.einsum("blec,blc->ble", matrices, side) for side in sides)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("scale", [0.0, 0.4])
+def test_equals_matrix_powers(name, scale):
+    batch, length, inner = CASES[name]
+    start, end = anchors(batch, length, inner)
+    draw = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x = jnp.asarray(draw.standard_normal((batch, length, 6)))
+        A = jnp.asarray(scale * draw.standard_normal((6, 6)))
+        weights = [jnp.asarray(draw.standard_normal(x.shape)) for _ in range(2)]
+
+        def loss(function, x, A):
+            return sum(jnp.sum(w * y * y) for w, y in zip(weights, function(x, A, start, end)))
+
+        found = jax.jit(anchor_powers)(x, A, start, end)
+        for a, b in zip(found, reference(x, A, start, end)):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+        gradients = [
+            jax.grad(lambda x, A, f=f: loss(f, x, A), argnums=(0, 1))(x, A)
+            for f in (anchor_powers, reference)
+        ]
+        for a, b in zip(*gradients):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * float(jnp.abs(b).max() + 1))
+
+
+def test_powers_that_no_token_needs_cannot_overflow():
+    start, end = anchors(1, 64, range(2, 62, 2))
+    x, A = jnp.ones((1, 64, 4)), 1e9 * jnp.ones((4, 4))
+
+    def total(x, A):
+        return sum(jnp.sum(y) for y in anchor_powers(x, A, jnp.asarray(start), jnp.asarray(end)))
+
+    for gradient in jax.grad(total, argnums=(0, 1))(x, A):
+        assert jnp.isfinite(gradient).all()

@@ -1,0 +1,37 @@
+"""The causal depthwise convolution against a direct sum in NumPy."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mambamim_jax.ops.causal_conv1d import causal_conv1d
+
+
+@pytest.mark.parametrize("length", [1, 3, 9])
+@pytest.mark.parametrize("silu", [False, True])
+def test_equals_a_direct_sum(length, silu):
+    rng = np.random.default_rng(0)
+    x, kernel, bias = rng.standard_normal((2, length, 5)), rng.standard_normal((4, 5)), rng.standard_normal(5)
+    want = np.broadcast_to(bias, x.shape).copy()
+    for t in range(length):
+        for i in range(4):
+            if t - 3 + i >= 0:
+                want[:, t] += kernel[i] * x[:, t - 3 + i]
+    if silu:
+        want = want / (1 + np.exp(-want))
+    found = causal_conv1d(*(jnp.asarray(a, jnp.float32) for a in (x, kernel, bias)), silu=silu)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_keeps_the_dtype():
+    out = causal_conv1d(jnp.ones((1, 5, 3), jnp.bfloat16), jnp.ones((4, 3)), None)
+    assert out.dtype == jnp.bfloat16
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match="expected"):
+        causal_conv1d(jnp.ones((1, 5, 3)), jnp.ones((4, 2)))
+    with pytest.raises(ValueError, match=r"found bias \(2,\)"):
+        causal_conv1d(jnp.ones((1, 5, 3)), jnp.ones((4, 3)), jnp.ones(2))

@@ -1,0 +1,107 @@
+"""The benchmarks' own machinery: sides in processes, FLOP counts, profiles. Speed is never asserted."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mambamim_jax.bench import profile, step, toki
+from mambamim_jax.bench.alternate import Side, SideError, measure
+from mambamim_jax.settings import ConfigError
+
+HLO = """
+%cudnn.3 = (f32[2,6]{1,0}, u8[0]{0}) custom-call(%a), custom_call_target="conv", metadata={op_name="jit(f)/conv"}
+ROOT %fusion.1 = f32[4]{0} fusion(%x), kind=kLoop, metadata={op_name="jit(f)/transpose(jvp())/while/mul"}
+%while.2 = (s32[], f32[4]{0}) while(%tuple), condition=%c, body=%b
+"""
+
+
+class Counter:
+    """A side for the tests: counts its steps."""
+
+    def __init__(self, start: int, fail_at: int = 0):
+        self.count, self.fail_at = start, fail_at
+
+    def __call__(self) -> int:
+        print("noise on the standard output must not spoil the replies")
+        self.count += 1
+        if self.count == self.fail_at:
+            raise ValueError("gave up\nat length")
+        return self.count
+
+    def facts(self) -> dict[str, int]:
+        return {"count": self.count}
+
+
+def test_sides_step_in_turn_and_report_facts():
+    sides = [Side(f"from {n}", "tests.test_bench:Counter", {"start": n}) for n in (0, 10)]
+    measure(sides, steps=2, warm_up=1)
+    assert [side.facts["count"] for side in sides] == [3, 13]
+    assert all(len(side.seconds) == 2 and side.peak_bytes > 0 for side in sides)
+
+
+def test_a_failing_side_is_named_in_one_line():
+    side = Side("weak", "tests.test_bench:Counter", {"start": 0, "fail_at": 2})
+    with pytest.raises(SideError, match=r"^weak: ValueError: gave up$"):
+        measure([side], steps=3, warm_up=0)
+    assert side.process.poll() is not None
+
+
+def test_matrix_flops_of_products_convolutions_and_loops():
+    x, w = jnp.ones((4, 6)), jnp.ones((6, 6))
+    assert profile.matrix_flops(jax.make_jaxpr(jnp.matmul)(x, w)) == 2 * 4 * 6 * 6
+
+    def looped(x):
+        return jax.lax.scan(lambda carry, _: (carry @ w, None), x, None, length=5)[0]
+
+    assert profile.matrix_flops(jax.make_jaxpr(jax.jit(looped))(x)) == 5 * 2 * 4 * 6 * 6
+    image, kernel = jnp.ones((1, 8, 8, 8, 2)), jnp.ones((3, 3, 3, 2, 7))
+    numbers = ("NDHWC", "DHWIO", "NDHWC")
+    conv = jax.make_jaxpr(
+        lambda a, b: jax.lax.conv_general_dilated(a, b, (1, 1, 1), "SAME", dimension_numbers=numbers)
+    )
+    assert profile.matrix_flops(conv(image, kernel)) == 2 * 8**3 * 7 * 27 * 2
+
+
+def test_profiles_are_ranked_by_jax_operation(tmp_path):
+    table = profile.instructions(HLO)
+    assert table["cudnn.3"] == ("conv", "conv f32[2,6]")
+    assert table["fusion.1"] == ("fusion", "while/mul (backward) f32[4]")
+    stream = {"pid": 1, "tid": 7, "ph": "X"}
+    events = [
+        {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}},
+        {"ph": "M", "name": "thread_name", "pid": 1, "tid": 7, "args": {"name": "Stream #13(Compute)"}},
+        {"ph": "M", "name": "process_name", "pid": 2, "args": {"name": "/host:CPU"}},
+        stream | {"name": "sm90_conv", "dur": 3000, "args": {"hlo_op": "cudnn.3"}},
+        stream | {"name": "loop_mul", "dur": 500, "args": {"hlo_op": "fusion.1"}},
+        stream | {"name": "loop_mul", "dur": 500, "args": {"hlo_op": "fusion.1"}},
+        stream | {"name": "while.2", "dur": 9000, "args": {"hlo_op": "while.2"}},
+        {"ph": "X", "pid": 2, "tid": 1, "name": "host work", "dur": 99999, "args": {}},
+    ]
+    with gzip.open(tmp_path / "x.trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    found = profile.read_events(tmp_path / "x.trace.json.gz")
+    first, second = profile.rank(found, table, steps=1, count=5)
+    assert (first.name, first.milliseconds, first.share) == ("conv", 3.0, 0.75)
+    assert (second.milliseconds, second.calls) == (1.0, 2)
+
+
+def test_toki_without_the_baseline(capsys):
+    assert toki.main(["--side=2", "--channels=8", "--active=3", "--steps=1"]) == 0
+    assert "| ours" in capsys.readouterr().out
+
+
+def test_step_checks_its_arguments_before_any_work(capsys):
+    assert step.main(["--dtype=float31"]) == 2
+    assert "float31" in capsys.readouterr().err
+    assert step.main(["--released=.", "--config.data.crop=(96,96,64)"]) == 2
+    assert "hymamba with state 16 on a cube" in capsys.readouterr().err
+    sizes = step.released_sizes(step.settings([]))
+    assert sizes["depths"] == (1, 2, 2, 2, 1)
+    assert sizes["size"] == 96
+    with pytest.raises(ConfigError, match="no such key"):
+        step.settings(["--config.model.width=3"])

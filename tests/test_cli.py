@@ -1,0 +1,61 @@
+"""Launch scripts: one clear line and the right exit code for whatever is wrong, before any work."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def pretrain():
+    source = importlib.util.spec_from_file_location("launch_pretrain", ROOT / "launch" / "pretrain.py")
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+    return module.main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--config: missing"),
+        (["--config=configs/pretrain.py:demos"], "did you mean demo?"),
+        (["--config=configs/pretrain.py:demo"], "--workdir: missing"),
+        (["--config=configs/pretrain.py:demo", "--config.data.crops=1"], "did you mean config.data.crop?"),
+        (["--config=configs/pretrain.py:openkbp", "--config.data.source=nowhere"], "an existing folder"),
+    ],
+)
+def test_wrong_settings_end_with_2_before_any_work(pretrain, capsys, tmp_path, arguments, says):
+    workdir = [] if says.startswith("--workdir") else [f"--workdir={tmp_path / 'run'}"]
+    assert pretrain([*arguments, *workdir]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert says in printed.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_help(pretrain, capsys):
+    assert pretrain(["--help"]) == 0
+    assert "launch/pretrain.py --config=" in capsys.readouterr().out
+
+
+def test_a_folder_without_volumes_ends_with_2(pretrain, capsys, tmp_path):
+    (tmp_path / "data").mkdir()
+    arguments = ["--config=configs/pretrain.py:openkbp", f"--workdir={tmp_path / 'run'}"]
+    assert pretrain([*arguments, f"--config.data.source={tmp_path / 'data'}"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+
+
+def test_the_script_runs_from_anywhere(tmp_path):
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--config=nothing.py", "--workdir=run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --config: no file nothing.py")
+    assert done.stderr.count("\n") == 1

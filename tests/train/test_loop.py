@@ -1,0 +1,249 @@
+"""The loop with a stand-in model: metrics, checkpoints, exact resumption, and every way a run can end."""
+
+import io
+import json
+import os
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mambamim_jax.settings import CheckpointConfig, ConfigError, LogConfig, OptimConfig, RunConfig
+from mambamim_jax.train.checkpoint import DamagedError, open_checkpoints
+from mambamim_jax.train.logs import read_rows
+from mambamim_jax.train.loop import train
+from mambamim_jax.train.progress import Terminal
+from mambamim_jax.train.step import NonFiniteError
+from tests.train.tiny import tiny_batch, tiny_task
+
+TASK = tiny_task()
+CONFIG = RunConfig(
+    epochs=0,
+    steps=9,
+    optim=OptimConfig(learning_rate=5e-2, warmup=0.2),
+    log=LogConfig(every=2, panel_every=4),
+    checkpoint=CheckpointConfig(every=3, keep=2),
+)
+
+
+class TinyStream:
+    def __init__(self, loader):
+        self.loader, self.index = loader, 0
+
+    def __next__(self):
+        self.index += 1
+        return self.loader.batch(self.index)
+
+    def get_state(self):
+        return {"index": self.index, "name": self.loader.name}
+
+    def set_state(self, state):
+        if state["name"] != self.loader.name:
+            raise ValueError(f"saved with {state['name']!r}, this run has {self.loader.name!r}")
+        self.index = state["index"]
+
+
+class TinyLoader:
+    """Batches that are a function of their number; ``disturb(number, batch)`` may change them or raise."""
+
+    batches_per_epoch = 3
+
+    def __init__(self, disturb=None, name="set"):
+        self.disturb, self.name = disturb, name
+
+    def batch(self, number):
+        batch = tiny_batch(number)
+        if self.disturb:
+            self.disturb(number, batch)
+        return batch
+
+    def __iter__(self):
+        return TinyStream(self)
+
+
+def picture_task():
+    volume = lambda batch: jax.numpy.resize(batch["image"][:1], (1, 8, 6, 4))  # noqa: E731
+    panel = lambda params, stats, batch, key: {"input": volume(batch), "absolute error": volume(batch)}  # noqa: E731
+    return replace(TASK, panel=panel, titles=("input", "absolute error"))
+
+
+def run(workdir, config=CONFIG, loader=None, task=TASK):
+    """Trains; the outcome and what was printed."""
+    text = io.StringIO()
+    terminal = Terminal(Console(file=text, width=200, highlight=False, markup=False))
+    workdir.mkdir(exist_ok=True)
+    checkpoints = None
+    try:
+        checkpoints = open_checkpoints(workdir, config, terminal.say)
+        return train(task, loader or TinyLoader(), config, workdir, checkpoints, terminal), text.getvalue()
+    finally:
+        run.printed = text.getvalue()
+        if checkpoints:
+            checkpoints.close()
+
+
+def losses(workdir):
+    rows = read_rows(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+class Killed(Exception):
+    """Stands for a death of the process."""
+
+
+def die_at(number):
+    def disturb(found, batch):
+        if found == number:
+            raise Killed
+
+    return disturb
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run."""
+    workdir = tmp_path_factory.mktemp("whole")
+    outcome, printed = run(workdir, task=picture_task())
+    return workdir, outcome, printed
+
+
+def test_everything_is_left_in_the_workdir(whole):
+    workdir, outcome, printed = whole
+    assert outcome.step == outcome.steps == 9
+    assert outcome.last_loss == np.mean(losses(workdir)[-10:])
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [6, 9]
+    assert [path.name for path in sorted((workdir / "panels").iterdir())] == [
+        f"step_000000{n}.png" for n in (4, 8, 9)
+    ]
+    assert (workdir / "loss.png").stat().st_size > 1000
+    assert next((workdir / "tensorboard").iterdir()).stat().st_size > 1000
+    row = read_rows(workdir / "metrics.jsonl")[0]
+    assert set(row) == {
+        "step", "loss", "grad_norm", "lr", "weight_decay", "seconds", "samples_per_second", "data_wait"
+    }  # fmt: skip
+    assert "step 4/9  loss " in printed
+    for part in ("checkpoints", "panels", "loss.png", "metrics.jsonl", "tensorboard --logdir"):
+        assert part in printed
+    assert not list(workdir.rglob("*.part"))
+
+
+@pytest.mark.parametrize("at", [2, 5, 9])
+def test_resumed_losses_are_the_undisturbed_ones(whole, tmp_path, at):
+    with pytest.raises(Killed):
+        run(tmp_path, loader=TinyLoader(die_at(at)))
+    assert len(losses(tmp_path)) < 9
+    outcome, printed = run(tmp_path)
+    assert outcome.step == 9
+    assert ("continuing at step" in printed) == (at > 3)
+    assert losses(tmp_path) == losses(whole[0])
+
+
+def test_a_finished_run_is_left_as_it_is(whole, tmp_path):
+    run(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    outcome, printed = run(tmp_path)
+    assert outcome.step == 9
+    assert "done: step 9 of 9" in printed
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(whole, tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, loader=TinyLoader(die_at(6)))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    run(tmp_path)
+    assert losses(tmp_path) == losses(whole[0])
+
+
+def spoil(number, batch):
+    if number >= 5:
+        batch["image"][0, 0] = np.inf
+
+
+def test_a_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(whole, tmp_path):
+    with pytest.raises(NonFiniteError) as caught:
+        run(tmp_path, loader=TinyLoader(spoil))
+    message = str(caught.value)
+    assert "step 5: loss nan" in message
+    assert "non-finite inputs: batch/image (1)" in message
+    assert "layers/0/kernel" in message
+    assert "last good checkpoint: step 3" in message
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3"]
+    run(tmp_path)
+    assert losses(tmp_path) == losses(whole[0])
+
+
+def damage(folder, how):
+    """Changes the largest file of a checkpoint."""
+    victim = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    if how == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 0x40
+    victim.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped bit"])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(whole, tmp_path, how):
+    with pytest.raises(Killed):
+        run(tmp_path, loader=TinyLoader(die_at(8)))
+    for folder in (tmp_path / "checkpoints" / "6").rglob("d"):
+        damage(folder, how)
+    _, printed = run(tmp_path)
+    assert "WARNING" in printed
+    assert "checkpoints/6 is damaged" in printed
+    assert "continuing at step 3" in printed
+    assert losses(tmp_path) == losses(whole[0])
+
+
+def test_no_whole_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, loader=TinyLoader(die_at(5)))
+    for path in (tmp_path / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(DamagedError, match="none of the checkpoints"):
+        run(tmp_path)
+
+
+def test_resume_policies_and_mismatches(tmp_path):
+    with pytest.raises(ConfigError, match="resume: found no checkpoint"):
+        run(tmp_path, replace(CONFIG, resume="must"))
+    with pytest.raises(Killed):
+        run(tmp_path, loader=TinyLoader(die_at(5)))
+    with pytest.raises(ConfigError, match=r"found a run in .* at step 3"):
+        run(tmp_path, replace(CONFIG, resume="never"))
+    with pytest.raises(ConfigError, match=r"config.seed, config.optim.clip_norm: found seed 7 \(was 0\)"):
+        run(tmp_path, replace(CONFIG, seed=7, optim=replace(CONFIG.optim, clip_norm=1.0)))
+    with pytest.raises(ConfigError, match=r"config.data: saved with 'set', this run has 'other'"):
+        run(tmp_path, loader=TinyLoader(name="other"))
+    outcome, printed = run(tmp_path, replace(CONFIG, steps=4, log=LogConfig(every=1, panel_every=9)))
+    assert outcome.step == 4
+    assert "config.steps: now 4, was 9" in printed
+    assert "config.log.every: now 1, was 2" in printed
+
+
+def test_sigterm_saves_and_ends(whole, tmp_path):
+    def kill(number, batch):
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    outcome, printed = run(tmp_path, loader=TinyLoader(kill))
+    assert outcome.signal == signal.SIGTERM
+    assert 5 <= outcome.step < 9
+    assert "stopped by signal 15" in printed
+    assert str(outcome.step) in [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    run(tmp_path)
+    assert losses(tmp_path) == losses(whole[0])
+
+
+def test_the_configuration_is_in_the_checkpoint(whole):
+    meta = json.loads((whole[0] / "checkpoints" / "9" / "meta" / "metadata").read_text())
+    assert meta["config"]["optim.clip_norm"] == 5.0
+    assert meta["data"] == {"index": 9, "name": "set"}

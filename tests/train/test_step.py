@@ -1,0 +1,90 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mambamim_jax.train.optim import AdamW, Schedule, paths
+from mambamim_jax.train.step import explain_non_finite, initial_state, make_step
+from tests.train.tiny import tiny_batch, tiny_task
+
+SCHEDULE = Schedule(peak=5e-2, warmup=2, steps=20, weight_decay=0.04, weight_decay_end=0.2)
+TASK = tiny_task()
+ADAMW = AdamW(untrained=TASK.unused_parameters)
+
+
+@pytest.fixture(scope="module")
+def step():
+    return make_step(TASK, ADAMW, SCHEDULE, seed=3)
+
+
+def run(step, steps, state=None):
+    state = initial_state(TASK, ADAMW, seed=3) if state is None else state
+    losses = []
+    for index in range(int(state["step"]), steps):
+        state, metrics = step(state, tiny_batch(index))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def test_loss_falls_and_the_schedule_is_logged(step):
+    state, losses = run(step, 20)
+    assert int(state["step"]) == 20
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    _, metrics = step(initial_state(TASK, ADAMW, seed=3), tiny_batch(0))
+    lr, decay = SCHEDULE.table()[0]
+    assert float(metrics["lr"]) == np.float32(lr)
+    assert float(metrics["weight_decay"]) == np.float32(decay)
+
+
+def test_a_step_is_a_function_of_the_state_alone(step):
+    _, whole = run(step, 6)
+    half, first = run(step, 3)
+    _, second = run(step, 6, jax.tree.map(jnp.asarray, jax.device_get(half)))
+    assert first + second == whole
+
+
+def test_unused_parameters_are_left_alone(step):
+    before = jax.device_get(initial_state(TASK, ADAMW, seed=3))
+    after, _ = run(step, 3)
+    for name, leaf in paths(before["params"]["unused"]).items():
+        np.testing.assert_array_equal(leaf, paths(after["params"]["unused"])[name])
+    assert not [name for name in paths(before["opt_state"]["mu"]) if name.startswith("unused")]
+    assert (before["params"]["layers"][0]["bias"] != after["params"]["layers"][0]["bias"]).any()
+
+
+def test_accumulation_is_the_mean_over_micro_batches():
+    plain = AdamW(clip_norm=np.inf)
+    task = tiny_task(noise=0.0)
+    twice = make_step(task, plain, SCHEDULE, seed=3, accumulate=2)
+    state = initial_state(task, plain, seed=3)
+    batch = tiny_batch(0)
+    halves = [{"image": batch["image"][:32]}, {"image": batch["image"][32:]}]
+    gradient = jax.value_and_grad(task.loss, has_aux=True)
+    expected_loss, expected = 0.0, []
+    for half in halves:
+        half = task.prepare(half, jax.random.key(0))
+        (value, _), grads = gradient(state["params"], state["batch_stats"], half, jax.random.key(0))
+        expected_loss += float(value) / 2
+        expected.append(grads)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *expected)
+    after, metrics = twice(state, batch)
+    np.testing.assert_allclose(float(metrics["loss"]), expected_loss, rtol=1e-6)
+    got = paths(after["opt_state"]["mu"])
+    for name, leaf in paths(mean).items():
+        np.testing.assert_allclose(got[name], 0.1 * leaf, rtol=1e-5, atol=1e-7)
+
+
+def test_a_non_finite_step_is_discarded_and_named(step):
+    before = jax.device_get(initial_state(TASK, ADAMW, seed=3))
+    batch = tiny_batch(0)
+    batch["image"][2, 3] = np.nan
+    after, metrics = step(jax.tree.map(jnp.asarray, before), batch)
+    assert not metrics["finite"]
+    for name, leaf in paths(before).items():
+        np.testing.assert_array_equal(leaf, paths(after)[name], err_msg=name)
+    text = explain_non_finite(1, metrics, list(ADAMW.trained(before["params"])), after, batch)
+    assert "step 1: loss nan" in text
+    assert "non-finite inputs: batch/image (1)" in text
+    assert "layers/0/kernel" in text
+    assert "unused" not in text
+    assert "\n" not in text
