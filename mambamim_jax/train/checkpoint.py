@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,10 @@ class Checkpoints:
         Raises: DamagedError where every checkpoint is damaged.
         """
         steps = self.steps()
+        _ignore_late_futures()
         for step in reversed(steps):
             try:
-                with _late_futures_ignored():
-                    return self._restore(step, like)
+                return self._restore(step, like)
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
                 self.say(f"WARNING: checkpoint {self.folder / str(step)} is damaged and not used ({reason})")
@@ -135,9 +135,12 @@ class Checkpoints:
         self.manager.reload()
 
 
-@contextmanager
-def _late_futures_ignored() -> Iterator[None]:
-    """Silences Orbax's futures that, after a failed read, call back into an event loop already closed."""
+@cache
+def _ignore_late_futures() -> None:
+    """Silences Orbax's futures that, after a failed read, call back into an event loop already closed.
+
+    They come from other threads, long after the failure is dealt with: so for the rest of the process.
+    """
     usual = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -145,10 +148,6 @@ def _late_futures_ignored() -> Iterator[None]:
             usual(unraisable)
 
     sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = usual
 
 
 def open_checkpoints(workdir: Path, config: RunConfig, say: Callable[[str], None] = print) -> Checkpoints:
