@@ -1,4 +1,4 @@
-"""What a run leaves on disk besides checkpoints: metrics.jsonl, and TensorBoard events."""
+"""What a run leaves on disk besides checkpoints: metrics.jsonl, validation.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -24,34 +24,54 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class RunLog:
-    """Appends one line per step to WORKDIR/metrics.jsonl, and writes scalars and pictures for TensorBoard.
+class RowFile:
+    """A file of one JSON line per row, appended to as a run goes.
 
     Args:
-      workdir: the run's folder.
-      step: updates done so far; what was logged beyond, by a process that was killed after its last save, is
+      path: the file; made if missing.
+      step: updates done so far; what was written beyond, by a process that was killed after its last save, is
         taken out.
     """
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        self.kept = [row for row in read_rows(path) if row["step"] <= step]
+        aside = path.with_suffix(".jsonl.part")
+        aside.write_text("".join(f"{json.dumps(row)}\n" for row in self.kept))
+        os.replace(aside, path)
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds a row, in one write."""
+        os.write(self.file, f"{json.dumps(dict(row))}\n".encode())
+
+
+class RunLog:
+    """Rows of every step in WORKDIR/metrics.jsonl and of validations in validation.jsonl; TensorBoard.
+
+    Args:
+      workdir: the run's folder.
+      step: updates done so far, see ``RowFile``.
+      validated: whether there is validation.
+    """
+
+    def __init__(self, workdir: Path, step: int, validated: bool = False):
         self.path = workdir / "metrics.jsonl"
-        rows = read_rows(self.path)
-        kept = [row for row in rows if row["step"] <= step]
-        aside = self.path.with_suffix(".jsonl.part")
-        aside.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
-        os.replace(aside, self.path)
-        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self.steps = RowFile(self.path, step)
+        self.validation = RowFile(workdir / "validation.jsonl", step) if validated else None
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Appends a step's metrics, in one write."""
-        os.write(self.file, f"{json.dumps(dict(row))}\n".encode())
+        """Appends a step's metrics."""
+        self.steps.append(row)
 
-    def scalars(self, row: Mapping[str, Any]) -> None:
-        """The same for TensorBoard."""
+    def scalars(self, row: Mapping[str, Any], prefix: str = "") -> None:
+        """The numbers of a row for TensorBoard; those of a mapping in it below the mapping's name."""
         for name, value in row.items():
-            if name != "step":
-                self.board.add_scalar(name, value, row["step"])
+            if isinstance(value, Mapping):
+                self.scalars({"step": row["step"], **value}, f"{prefix}{name}/")
+            elif name != "step" and isinstance(value, (int, float)):
+                self.board.add_scalar(f"{prefix}{name}", value, row["step"])
 
     def picture(self, name: str, image: NumpyArray, step: int) -> None:
         """A picture (rows, columns, 3) uint8 for TensorBoard."""
@@ -59,10 +79,15 @@ class RunLog:
 
     def sync(self) -> None:
         """Everything logged so far is on disk when this returns."""
-        os.fsync(self.file)
+        for rows in self._files():
+            os.fsync(rows.file)
         self.board.flush()
 
     def close(self) -> None:
         """Ends the files."""
-        os.close(self.file)
+        for rows in self._files():
+            os.close(rows.file)
         self.board.close()
+
+    def _files(self) -> list[RowFile]:
+        return [self.steps, *([self.validation] if self.validation else [])]

@@ -86,9 +86,14 @@ class _Pending:
     wait: float
 
 
-def make_optimiser(config: OptimConfig, steps: int, untrained: tuple[str, ...]) -> tuple[AdamW, Schedule]:
+def make_optimiser(
+    config: OptimConfig,
+    steps: int,
+    untrained: tuple[str, ...],
+    scales: tuple[tuple[str, float], ...] = (),
+) -> tuple[AdamW, Schedule]:
     """AdamW and the schedule of a run of so many steps."""
-    adamw = AdamW(config.betas, config.eps, config.clip_norm, untrained)
+    adamw = AdamW(config.betas, config.eps, config.clip_norm, untrained, scales)
     warmup = round(config.warmup * steps)
     return adamw, Schedule(config.learning_rate, warmup, steps, config.weight_decay, config.weight_decay_end)
 
@@ -103,7 +108,7 @@ def train(
       ConfigError: the data are not those that the run was started with.
     """
     steps = config.total_steps(loader.batches_per_epoch)
-    adamw, schedule = make_optimiser(config.optim, steps, task.unused_parameters)
+    adamw, schedule = make_optimiser(config.optim, steps, task.unused_parameters, task.rate_scales)
     stream = iter(loader)
     like = abstract_state(task, adamw)
     restored = checkpoints.restore(like)
@@ -111,7 +116,7 @@ def train(
     if restored:
         _resume_stream(stream, restored.data, workdir)
         terminal.say(f"continuing at step {start} of {steps} from {checkpoints.folder / str(start)}")
-    log = RunLog(workdir, start)
+    log = RunLog(workdir, start, validated=task.validation is not None)
     names = list(adamw.trained(like["params"]))
     panel = _Panel(task, loader, config.seed) if task.panel else None
     run = _Run(task, config, workdir, checkpoints, terminal, log, names, panel, start, steps)
@@ -121,6 +126,8 @@ def train(
             step = make_step(task, adamw, schedule, seed=config.seed, accumulate=config.optim.accumulate)
             with caught_signals() as caught:
                 run.go(step, state, stream, caught)
+        elif restored:
+            run.conclude(restored.state)
         checkpoints.wait()
         return run.finish()
     finally:
@@ -159,6 +166,9 @@ class _Run:
     def go(self, step_function: Callable, state: State, stream: Stream, caught: list[int]) -> None:
         """All remaining steps."""
         title, log, every = self.task.name, self.config.log, self.config.checkpoint.every
+        self.step = self.start
+        if self.start:
+            self.validate(state)
         with self.terminal.training(title, self.start, self.steps, log.every) as show:
             pending: _Pending | None = None
             self.clock = time.monotonic()
@@ -172,9 +182,13 @@ class _Run:
                 pending = _Pending(step, metrics, batch, wait)
                 last = step == self.steps or bool(caught)
                 drawing, saving = last or step % log.panel_every == 0, last or step % every == 0
-                if drawing or saving:
+                validating = self.validates(step) and (not caught or step == self.steps)
+                if drawing or saving or validating:
                     self.settle(pending, state, show)
                     pending = None
+                if validating:
+                    show(step, "validating")
+                    self.validate(state)
                 if drawing:
                     self.draw(state)
                 if saving:
@@ -183,6 +197,15 @@ class _Run:
                 if caught:
                     self.signal = caught[0]
                     break
+        if self.step == self.steps:
+            self.conclude(state)
+
+    def conclude(self, state: State) -> None:
+        """What follows the last step; done again where a kill may have come before its end."""
+        self.step = int(state["step"])
+        self.validate(state)
+        if self.task.validation is not None:
+            self.task.validation.finish(self.step, state)
 
     def settle(self, pending: _Pending, state: State, show: Show) -> None:
         """Waits for a step, checks that it was finite, logs and shows it."""
@@ -202,6 +225,24 @@ class _Run:
         if pending.step % self.config.log.every == 0 or pending.step == self.steps:
             self.log.scalars(row)
         show(pending.step, f"loss {row['loss']:.4f}  {self.rate():.2f} samples/s")
+
+    def validates(self, step: int) -> bool:
+        """Whether a step is one after which held-out data are looked at."""
+        validation = self.task.validation
+        return validation is not None and (step % validation.every == 0 or step == self.steps)
+
+    def validate(self, state: State) -> None:
+        """Measures on held-out data, unless that has been done: a run stopped by a signal leaves it owing."""
+        validation, rows = self.task.validation, self.log.validation
+        if validation is None or rows is None or not self.validates(self.step):
+            return
+        earlier = read_rows(rows.path)
+        if earlier and earlier[-1]["step"] == self.step:
+            return
+        row = {"step": self.step, **validation.measure(self.step, state, earlier)}
+        rows.append(row)
+        self.log.scalars({"step": self.step, "validation": row})
+        self.clock = time.monotonic()
 
     def rate(self) -> float:
         """Samples per second."""

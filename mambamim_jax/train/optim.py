@@ -64,12 +64,15 @@ class AdamW:
       clip_norm: gradients are scaled to at most this global norm beforehand.
       untrained: path prefixes ("encoder/skips/0") of parameters that the task never reaches: they get no
         moments and no decay.
+      scales: (path prefix, factor) pairs: the learning rate of what lies below is multiplied by the factor of
+        the first that fits. Decay stays proportional to the learning rate.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip_norm: float = 5.0
     untrained: tuple[str, ...] = ()
+    scales: tuple[tuple[str, float], ...] = ()
 
     def init(self, params: Tree) -> dict[str, Any]:
         """The optimiser's state: {"count", "mu", "nu"}, moments by path for the trained parameters."""
@@ -94,11 +97,16 @@ class AdamW:
         scale = jnp.minimum(1.0, self.clip_norm / (norm + CLIP_EPSILON))
         clipped = {path: g * scale for path, g in gradients.items()}
         direction, moments = self._adam.update(clipped, optax.ScaleByAdamState(**state))  # type: ignore[arg-type]
+        rates = {path: learning_rate * self.scale(path) if self.scales else learning_rate for path in trained}
         new = {
-            path: (p * (1 - learning_rate * decay) - learning_rate * direction[path]).astype(p.dtype)
+            path: (p * (1 - rates[path] * decay) - rates[path] * direction[path]).astype(p.dtype)
             for path, p in trained.items()
         }
         return _replace(params, new), moments._asdict(), squares
+
+    def scale(self, path: str) -> float:
+        """The factor of a parameter's learning rate."""
+        return next((factor for prefix, factor in self.scales if under(path, (prefix,))), 1.0)
 
     @property
     def _adam(self) -> optax.GradientTransformation:

@@ -6,16 +6,16 @@ a function of (seed, step), so a resumed run draws what an undisturbed one would
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mambamim_jax.train.optim import AdamW, Schedule, paths
+from mambamim_jax.train.optim import AdamW, Schedule, map_with_path, paths
 from mambamim_jax.types import Array, NumpyArray, Tree
 
 State: TypeAlias = dict[str, Any]
@@ -28,8 +28,26 @@ RUN_SELDOM: dict[str, str | bool | int | float] = {
 Loss: TypeAlias = Callable[[Tree, Tree, Batch, Array], tuple[Array, Tree]]
 
 
+EMA_START = 10
+"""The moving average forgets faster at first: its decay is at most (1 + step) / (EMA_START + step)."""
+
+
 def _keep(batch: Batch, key: Array) -> Batch:
     return batch
+
+
+class Validation(Protocol):
+    """What the loop does on held-out data, at an interval and at the end."""
+
+    @property
+    def every(self) -> int:
+        """Steps between two measurements; there is one at the last step, too."""
+
+    def measure(self, step: int, state: State, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The row for validation.jsonl, JSON-able; ``earlier`` are those before. Numbers also go to TensorBoard."""
+
+    def finish(self, step: int, state: State) -> None:
+        """Called once after the last step."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,10 @@ class Task:
       titles: of the pictures, in order.
       unused_parameters: path prefixes that the loss never reaches.
       description: lines for the summary.
+      loaded: {path: array} of parameters that a new run starts from in place of the drawn ones.
+      rate_scales: (path prefix, factor) pairs, see ``optim.AdamW``.
+      ema: decay of a moving average of the parameters, kept as state["ema"]; 0 for none.
+      validation: on held-out data, or None.
     """
 
     name: str
@@ -57,18 +79,34 @@ class Task:
     unused_parameters: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ("image",)
     description: tuple[str, ...] = ()
+    loaded: Mapping[str, NumpyArray] = field(default_factory=dict)
+    rate_scales: tuple[tuple[str, float], ...] = ()
+    ema: float = 0.0
+    validation: Validation | None = None
 
 
 def _create(task: Task, optimiser: AdamW, key: Array) -> State:
     params, stats = task.init(key)
     moments, step = optimiser.init(params), jnp.zeros((), jnp.int32)
-    return {"params": params, "batch_stats": stats, "opt_state": moments, "step": step}
+    state = {"params": params, "batch_stats": stats, "opt_state": moments, "step": step}
+    return state | ({"ema": jax.tree.map(jnp.copy, params)} if task.ema else {})
 
 
 def initial_state(task: Task, optimiser: AdamW, seed: int) -> State:
     """The state before the first update."""
     create = partial(_create, task, optimiser)
-    return jax.jit(create, compiler_options=RUN_SELDOM)(jax.random.key(seed))
+    state = jax.jit(create, compiler_options=RUN_SELDOM)(jax.random.key(seed))
+    return with_loaded(state, task.loaded)
+
+
+def with_loaded(state: State, loaded: Mapping[str, NumpyArray]) -> State:
+    """A new state whose parameters (and their average) at these paths are replaced, placed as they were."""
+
+    def place(path: str, leaf: Array) -> Array:
+        return jax.device_put(loaded[path].astype(leaf.dtype), leaf.sharding) if path in loaded else leaf
+
+    parts = [name for name in ("params", "ema") if name in state]
+    return state | {name: map_with_path(place, state[name]) for name in parts}
 
 
 def abstract_state(task: Task, optimiser: AdamW) -> State:
@@ -106,12 +144,20 @@ def make_step(
         norm = jnp.sqrt(jnp.sum(squares))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         new = {"params": params, "batch_stats": stats, "opt_state": opt_state, "step": state["step"] + 1}
+        if task.ema:
+            new["ema"] = _average(state["ema"], params, task.ema, state["step"])
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "weight_decay": decay, "finite": finite}
         return new, metrics | {"grad_squares": squares}
 
     jitted = jax.jit(step, donate_argnums=0)
     return lambda state, batch: jitted(state, table, batch)
+
+
+def _average(ema: Tree, params: Tree, decay: float, step: Array) -> Tree:
+    """The moving average after an update; ``step`` counts the updates before it."""
+    keep = jnp.minimum(decay, (1.0 + step) / (EMA_START + step))
+    return jax.tree.map(lambda old, new: keep * old + (1.0 - keep) * new, ema, params)
 
 
 def _gradients(

@@ -243,6 +243,65 @@ def test_sigterm_saves_and_ends(whole, tmp_path):
     assert losses(tmp_path) == losses(whole[0])
 
 
+class Held:
+    """A validation whose figure depends on the averaged parameters and on how many figures there were."""
+
+    every = 4
+
+    def __init__(self):
+        self.finished = []
+
+    def measure(self, step, state, earlier):
+        figure = float(sum(np.sum(np.asarray(leaf)) for leaf in jax.tree.leaves(state["ema"])))
+        return {"figure": figure, "earlier": [row["step"] for row in earlier]}
+
+    def finish(self, step, state):
+        self.finished.append(step)
+
+
+def validated_task(held=None):
+    return replace(TASK, ema=0.9, validation=held or Held())
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("validated")
+    held = Held()
+    run(workdir, task=validated_task(held))
+    return workdir, held
+
+
+def test_validation_at_its_interval_and_at_the_end(validated):
+    workdir, held = validated
+    rows = read_rows(workdir / "validation.jsonl")
+    assert [row["step"] for row in rows] == [4, 8, 9]
+    assert [row["earlier"] for row in rows] == [[], [4], [4, 8]]
+    assert held.finished == [9]
+
+
+@pytest.mark.parametrize("at", [5, 8, 9])
+def test_validation_and_average_resume_bit_for_bit(validated, tmp_path, at):
+    with pytest.raises(Killed):
+        run(tmp_path, loader=TinyLoader(die_at(at)), task=validated_task())
+    run(tmp_path, task=validated_task())
+    expected = (validated[0] / "validation.jsonl").read_bytes()
+    assert (tmp_path / "validation.jsonl").read_bytes() == expected
+    run(tmp_path, task=validated_task())
+    assert (tmp_path / "validation.jsonl").read_bytes() == expected
+
+
+def test_a_signal_saves_before_it_validates(validated, tmp_path):
+    def kill(number, batch):
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    outcome, _ = run(tmp_path, loader=TinyLoader(kill), task=validated_task())
+    assert outcome.step == 4
+    assert read_rows(tmp_path / "validation.jsonl") == []
+    run(tmp_path, task=validated_task())
+    assert (tmp_path / "validation.jsonl").read_bytes() == (validated[0] / "validation.jsonl").read_bytes()
+
+
 def test_the_configuration_is_in_the_checkpoint(whole):
     meta = json.loads((whole[0] / "checkpoints" / "9" / "meta" / "metadata").read_text())
     assert meta["config"]["optim.clip_norm"] == 5.0

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,44 @@ def test_accumulation_is_the_mean_over_micro_batches():
     got = paths(after["opt_state"]["mu"])
     for name, leaf in paths(mean).items():
         np.testing.assert_allclose(got[name], 0.1 * leaf, rtol=1e-5, atol=1e-7)
+
+
+def test_the_average_follows_the_parameters():
+    task = replace(TASK, ema=0.5)
+    state = initial_state(task, ADAMW, seed=3)
+    step = make_step(task, ADAMW, SCHEDULE, seed=3)
+    expected = jax.device_get(state["params"])
+    for number in range(3):
+        state, _ = step(state, tiny_batch(number))
+        keep = min(0.5, (1 + number) / (10 + number))
+        now = jax.device_get(state["params"])
+        expected = jax.tree.map(lambda old, new, keep=keep: keep * old + (1 - keep) * new, expected, now)
+    for name, leaf in paths(expected).items():
+        np.testing.assert_allclose(paths(state["ema"])[name], leaf, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_loaded_parameters_replace_the_drawn_ones():
+    kernel = np.full((6, 4), 0.25)
+    task = replace(TASK, ema=0.5, loaded={"layers/0/kernel": kernel})
+    drawn, state = initial_state(TASK, ADAMW, seed=3), initial_state(task, ADAMW, seed=3)
+    for part in ("params", "ema"):
+        for name, leaf in paths(state[part]).items():
+            expected = kernel if name == "layers/0/kernel" else paths(drawn["params"])[name]
+            np.testing.assert_array_equal(leaf, expected)
+            assert leaf.dtype == jnp.float32
+
+
+def test_scales_multiply_the_rate_of_what_lies_below():
+    plain, scaled = AdamW(), AdamW(scales=(("layers/0", 0.0), ("layers", 0.5)))
+    params = {"layers": {0: {"kernel": jnp.ones(3)}, 1: {"kernel": jnp.ones(3)}}, "norm": jnp.ones(3)}
+    grads = jax.tree.map(jnp.ones_like, params)
+    after = {
+        name: paths(adamw.update(grads, adamw.init(params), params, 0.1, 0.2)[0])
+        for name, adamw in (("plain", plain), ("scaled", scaled))
+    }
+    moved = {name: 1 - after["plain"][name] for name in after["plain"]}
+    for name, factor in (("layers/0/kernel", 0.0), ("layers/1/kernel", 0.5), ("norm", 1.0)):
+        np.testing.assert_allclose(1 - after["scaled"][name], factor * moved[name], rtol=1e-6)
 
 
 def test_a_non_finite_step_is_discarded_and_named(step):
