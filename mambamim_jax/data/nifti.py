@@ -33,13 +33,19 @@ _GZIP_MAX_RATIO = 1100  # deflate can't expand more than 1032-fold
 
 @np.errstate(all="ignore")  # headers and voxels may hold anything; all of it is checked
 def read(
-    path: str | Path, *, label: bool = False, low: float = -175.0, content: bytes | None = None
+    path: str | Path,
+    *,
+    label: bool = False,
+    hu: bool = True,
+    low: float = -175.0,
+    content: bytes | None = None,
 ) -> Volume:
     """Read a CT (or, with ``label``, its label map) from ``.nii`` or ``.nii.gz``.
 
     Args:
-        path: file. label: expect whole numbers from 0 to 65535 in place of HU. low: HU above which a voxel
-            counts as body. content: the file's bytes where the caller already has them.
+        path: file. label: expect whole numbers from 0 to 65535 in place of HU. hu: without it, any finite
+            intensities pass, as MRI has them. low: HU above which a voxel counts as body. content: the file's
+            bytes where the caller already has them.
 
     Returns:
         Volume as stored, 3D, geometry validated, slope and intercept not yet applied to ``voxels``.
@@ -70,7 +76,12 @@ def read(
     except (_ZLIB_ERROR, OSError) as error:
         raise VolumeError("bad_gzip", path, f"corrupt gzip: {error}; copy or download it again") from None
     volume = Volume(voxels, affine, slope, intercept)
-    (_check_labels if label else _check_hu)(volume, path, low)
+    if label:
+        _check_labels(volume, path)
+    elif hu:
+        _check_hu(volume, path, low)
+    else:
+        _range(volume, path)
     return volume
 
 
@@ -240,7 +251,7 @@ def _check_hu(volume: Volume, path: Path, low: float) -> None:
         raise VolumeError("not_hu", path, f"voxels from {lowest:g} to {highest:g}, beyond what HU can be")
 
 
-def _check_labels(volume: Volume, path: Path, low: float) -> None:
+def _check_labels(volume: Volume, path: Path) -> None:
     lowest, highest = _range(volume, path)
     whole = volume.voxels.dtype.kind in "iu" and volume.slope == 1 and volume.intercept == 0
     if (

@@ -95,6 +95,16 @@ def test_refuses_voxels_that_are_no_ct(tmp_path):
     assert code_of(path) == "dtype"
 
 
+def test_other_modalities_need_not_be_in_hu(tmp_path):
+    voxels = np.clip(ct_files.body() + 1000, 0, None)
+    path = ct_files.write(tmp_path / "x.nii.gz", voxels)
+    assert code_of(path) == "not_hu"
+    assert np.array_equal(nifti.read(path, hu=False).voxels, voxels)
+    ct_files.write(path, np.where(voxels > 900, np.nan, voxels).astype(np.float32))
+    with pytest.raises(VolumeError, match="non_finite"):
+        nifti.read(path, hu=False)
+
+
 def test_refuses_impossible_geometry(tmp_path):
     def written(**options):
         return ct_files.write(tmp_path / "x.nii", ct_files.body(), **options)
