@@ -101,8 +101,7 @@ def test_other_modalities_need_not_be_in_hu(tmp_path):
     assert code_of(path) == "not_hu"
     assert np.array_equal(nifti.read(path, hu=False).voxels, voxels)
     ct_files.write(path, np.where(voxels > 900, np.nan, voxels).astype(np.float32))
-    with pytest.raises(VolumeError, match="non_finite"):
-        nifti.read(path, hu=False)
+    assert code_of(path, hu=False) == "non_finite"
 
 
 def test_refuses_impossible_geometry(tmp_path):
