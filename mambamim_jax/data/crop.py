@@ -34,12 +34,19 @@ def draw_foreground(rng: np.random.Generator, hu: NumpyArray, counts: NumpyArray
     if reach[-1] == 0:
         raise ValueError(f"no voxel above {low:g} HU to centre a crop on")
     rank = int(rng.integers(reach[-1]))
-    block = int(np.searchsorted(reach, rank, side="right"))
-    corner = np.array(np.unravel_index(block, counts.shape), np.int64) * BLOCK
-    piece = hu[tuple(slice(c, c + BLOCK) for c in corner)]
-    inside = np.flatnonzero(piece > low)
+    block = int(reach.searchsorted(rank, side="right"))
+    i, j, k = (BLOCK * n for n in _place(block, counts.shape))
+    piece = hu[i : i + BLOCK, j : j + BLOCK, k : k + BLOCK]
+    inside = (piece > low).ravel().nonzero()[0]
     within = inside[rank - (int(reach[block - 1]) if block else 0)]
-    return corner + np.array(np.unravel_index(int(within), piece.shape), np.int64)
+    a, b, c = _place(int(within), piece.shape)
+    return np.array((i + a, j + b, k + c), np.int64)
+
+
+def _place(flat: int, shape: Sequence[int]) -> tuple[int, int, int]:
+    """Index (3,) of the element number ``flat``; some tenfold faster than NumPy's for one."""
+    rest, k = divmod(flat, shape[2])
+    return *divmod(rest, shape[1]), k
 
 
 def crop_start(center: NumpyArray, crop: Size3, box: NumpyArray) -> NumpyArray:
@@ -48,10 +55,12 @@ def crop_start(center: NumpyArray, crop: Size3, box: NumpyArray) -> NumpyArray:
 
     Along an axis where the box is smaller than the crop, the box comes to lie in the crop's middle.
     """
-    size = np.asarray(crop, np.int64)
-    start = np.clip(center - size // 2, box[0], np.maximum(box[1] - size, box[0]))
-    room = size - (box[1] - box[0])
-    return np.where(room > 0, box[0] - room // 2, start)
+    start = []
+    # plain integers: for three of them NumPy's overhead is that of a quarter of the copying
+    for middle, size, first, stop in zip(center.tolist(), crop, *box.tolist(), strict=True):
+        room = size - (stop - first)
+        start.append(first - room // 2 if room > 0 else min(max(middle - size // 2, first), stop - size))
+    return np.array(start, np.int64)
 
 
 def take(

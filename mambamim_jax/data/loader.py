@@ -1,55 +1,30 @@
-"""Batches of random crops from a store, by Grain.
-
-Volume and crops of a sample depend on nothing but the seed and the sample's global index, which counts
-volumes from the start of training. So any number of threads and of processes, and any restart, give the same
-samples.
-"""
+"""Batches of random crops for pre-training: a foreground voxel in each, flips, HU or windowed."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-import multiprocessing
-import os
-import threading
-import time
-from collections.abc import Iterator, Mapping
 from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 
 from mambamim_jax.data import crop as crops
-from mambamim_jax.data.mix import Mix
 from mambamim_jax.data.store import Store
+from mambamim_jax.data.stream import Loader
 from mambamim_jax.data.volume import window_intensity
 from mambamim_jax.types import NumpyArray, Size3
 
-_SAMPLE = 1  # its own stream of random numbers, apart from those of ``mix``
-_ENDLESS = 2**48
 
+class PretrainLoader(Loader):
+    """Crops centred on foreground; see ``stream.Loader`` for what it promises and its other arguments.
 
-class PretrainLoader:
-    """An endless, resumable stream of batches; every epoch holds each volume exactly once.
-
-    A batch is ``{"image": float32 (b, h, w, d, 1) in [0, 1], "index": int64 (volumes,)}`` with
+    A batch is ``{"image": (b, h, w, d, 1), "index": int64 (volumes,)}`` with
     ``b = volumes_per_batch * crops_per_volume / process_count``; ``index`` says which volumes of the store.
-    Where the set is no multiple of ``volumes_per_batch``, a batch goes on into the next epoch: nothing is
-    dropped.
 
     Args:
-        store: what to read. crop: voxels (h, w, d). crops_per_volume: random crops centred on foreground.
+        store: what to read. crop: voxels (h, w, d). crops_per_volume: random crops of a volume.
         volumes_per_batch: over all processes. flip: probability of mirroring h, w and d.
-        window: HU shown as 0 and 1. seed: of order, crops and flips.
-        threads: reading ahead in this process (0: read when asked).
-        workers: processes that read in place of threads; of use with blosc2, whose reading holds Python's
-            lock.
-        process_index, process_count: this process takes every ``process_count``-th volume of the shuffled
-            order.
-        weights: share of each source in an epoch, by the source's path or its last part; None for all
-            volumes alike.
-        dtype: ``float32``, or ``int16`` for HU before the window, half the bytes, windowed on the device.
+        window: HU shown as 0 and 1. dtype: of the images: ``float32`` in [0, 1], or ``int16`` for HU before
+            the window, half the bytes, windowed on the device (``train.feed.window``).
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -64,69 +39,33 @@ class PretrainLoader:
         volumes_per_batch: int = 4,
         flip: tuple[float, float, float] = (0.2, 0.2, 0.1),
         window: tuple[float, float] = (-175.0, 250.0),
-        seed: int = 0,
-        threads: int = 2,
-        workers: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
-        weights: Mapping[str, float] | None = None,
         dtype: str = "float32",
+        **options: Any,
     ) -> None:
-        if len(store) == 0:
-            raise ValueError(f"{store.folder}: the store holds no usable volume")
-        if volumes_per_batch < 1 or volumes_per_batch % process_count:
-            raise ValueError(
-                f"volumes_per_batch {volumes_per_batch} is not a multiple of {process_count} processes"
-            )
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index {process_index}, expected 0 to {process_count - 1}")
+        super().__init__(
+            store, crops_per_volume=crops_per_volume, volumes_per_batch=volumes_per_batch, **options
+        )
         if dtype not in ("float32", "int16"):
             raise ValueError(f"dtype {dtype!r}, expected float32 (windowed) or int16 (HU)")
-        self.store, self.crop, self.crops_per_volume = store, crop, crops_per_volume
-        self.volumes_per_batch, self.flip, self.window, self.seed = volumes_per_batch, flip, window, seed
-        self.threads, self.workers, self.dtype = threads, workers, np.dtype(dtype)
-        self.process_index, self.process_count = process_index, process_count
-        self.mix = Mix.of([entry.source for entry in store.entries], weights)
+        self.crop, self.flip, self.window, self.dtype = crop, flip, window, np.dtype(dtype)
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Batches after which every volume has been seen, rounded up."""
-        return math.ceil(len(self.store) / self.volumes_per_batch)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a saved iterator state must agree with for its samples to be the same."""
-        parts = (self.crop, (self.crops_per_volume,), self.flip, self.window, self.mix.shares)
-        sampling = " ".join(str(tuple(part)) for part in parts)
-        return {
-            "seed": self.seed,
-            "volumes_per_batch": self.volumes_per_batch,
-            "fingerprint": self.store.fingerprint,
-            "sampling": hashlib.sha256(sampling.encode()).hexdigest()[:16],
-        }
-
-    def __iter__(self) -> PretrainIterator:
-        return PretrainIterator(self)
-
-    def volume_of(self, index: int) -> int:
-        """The volume that sample ``index`` of the whole run reads."""
-        return self.mix.volume(self.seed, index)
+    def sampling(self) -> str:
+        """See ``Loader``."""
+        return f"{self.crop} {self.flip} {self.window}"
 
     def batch(self, number: int) -> dict[str, NumpyArray]:
-        """This process's part of batch ``number`` since the start of training."""
-        mine = range(self.process_index, self.volumes_per_batch, self.process_count)
-        samples = [number * self.volumes_per_batch + offset for offset in mine]
-        image = np.empty((len(samples) * self.crops_per_volume, *self.crop, 1), self.dtype)
+        """See ``Loader``."""
+        samples, count = self.samples(number), self.crops_per_volume
+        image = np.empty((len(samples) * count, *self.crop, 1), self.dtype)
         for n, index in enumerate(samples):
-            place = slice(n * self.crops_per_volume, (n + 1) * self.crops_per_volume)
-            self._fill(index, image[place, ..., 0])
+            self._fill(index, image[n * count : (n + 1) * count, ..., 0])
         return {"image": image, "index": np.array([self.volume_of(index) for index in samples], np.int64)}
 
     def _fill(self, index: int, out: NumpyArray) -> None:
         """Write the crops (n, h, w, d) of sample ``index``."""
-        rng = np.random.default_rng((_SAMPLE, self.seed, index))
-        which = self.volume_of(index)
-        hu, low = self.store.image(which), self.window[0]
+        rng, which, low = self.generator(index), self.volume_of(index), self.window[0]
+        hu = self.store.image(which)
         box, counts = self.store.foreground(which, low)
         for piece in out:
             center = crops.draw_foreground(rng, hu, counts, low)
@@ -137,81 +76,3 @@ class PretrainLoader:
             else:
                 raw = crops.take(hu, start, self.crop, math.floor(low))
                 window_intensity(crops.flip(raw, flips), self.window, out=piece)
-
-
-class PretrainIterator(Iterator[dict[str, NumpyArray]]):
-    """Iterator over a ``PretrainLoader`` whose state is a small dict that JSON can hold."""
-
-    def __init__(self, loader: PretrainLoader) -> None:
-        self._loader = loader
-        self._start(0)
-
-    def _start(self, number: int) -> None:
-        """Read from batch ``number`` on. Starting anew needs no state of Grain's, which depends on the
-        workers.
-        """
-        loader, self._number = self._loader, number
-        source = grain.MapDataset.range(number, _ENDLESS).map(_Reader(loader))
-        threads = 0 if loader.workers else loader.threads
-        batches = source.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=max(2 * threads, 1)))
-        if loader.workers:
-            prepare_workers()
-            batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(loader.workers, per_worker_buffer_size=2)
-            )
-        self._batches = iter(batches)
-
-    def __next__(self) -> dict[str, NumpyArray]:
-        batch = next(self._batches)
-        self._number += 1
-        return batch
-
-    def get_state(self) -> dict[str, Any]:
-        """Samples (volumes, of all processes) handed out so far, and what they belong to."""
-        return {"examples": self._number * self._loader.volumes_per_batch, **self._loader.identity}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken; threads and processes may differ, the data and the batch may not.
-
-        Raises:
-            ValueError: the state belongs to another seed, batch size, data set or way of cropping.
-        """
-        for key, expected in self._loader.identity.items():
-            if state.get(key) != expected:
-                what = f"{key} {state.get(key)!r}, this run has {expected!r}"
-                raise ValueError(
-                    f"iterator state was saved with {what}: resume with the same data and config, or anew"
-                )
-        self._start(state["examples"] // self._loader.volumes_per_batch)
-
-
-def prepare_workers() -> None:
-    """Grain's processes need parsed flags, which a plain script does not have."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-
-
-class _Reader:
-    """``loader.batch``, in a worker process with a care for what that process must not do: touch an
-    accelerator,
-    or outlive its parent.
-    """
-
-    def __init__(self, loader: PretrainLoader) -> None:
-        self._loader, self._settled = loader, False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_loader": self._loader, "_settled": False}
-
-    def __call__(self, number: int) -> dict[str, NumpyArray]:
-        if not self._settled and multiprocessing.parent_process() is not None:
-            os.environ["JAX_PLATFORMS"] = "cpu"
-            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-        self._settled = True
-        return self._loader.batch(number)
-
-
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)

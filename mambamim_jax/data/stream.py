@@ -1,0 +1,197 @@
+"""What every loader of crops has in common: which samples make a batch, reading ahead by Grain, resumption.
+
+A sample is one volume and the crops drawn from it. It depends on nothing but the seed and its global index,
+which counts volumes from the start of training. So any number of threads and of processes, and any restart,
+give the same samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import multiprocessing
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from mambamim_jax.data.mix import Mix
+from mambamim_jax.data.store import Store
+from mambamim_jax.types import NumpyArray
+
+_SAMPLE = 1  # its own stream of random numbers, apart from those of ``mix``
+_ENDLESS = 2**48
+
+
+class Loader(ABC):
+    """An endless, resumable stream of batches; every epoch holds each volume exactly once.
+
+    Where the set is no multiple of ``volumes_per_batch``, a batch goes on into the next epoch: nothing is
+    dropped. A subclass says what a batch is.
+
+    Args:
+        store: what to read. crops_per_volume: random crops of a sample.
+        volumes_per_batch: over all processes. seed: of order and crops.
+        threads: reading ahead in this process (0: read when asked).
+        workers: processes that read in place of threads; of use with blosc2, whose reading holds Python's
+            lock.
+        process_index, process_count: this process takes every ``process_count``-th volume of the shuffled
+            order.
+        weights: share of each source in an epoch, by the source's path or its last part; None for all
+            volumes alike.
+
+    Raises:
+        ValueError: sizes or weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        crops_per_volume: int,
+        volumes_per_batch: int,
+        seed: int = 0,
+        threads: int = 2,
+        workers: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        if len(store) == 0:
+            raise ValueError(f"{store.folder}: the store holds no usable volume")
+        if volumes_per_batch < 1 or volumes_per_batch % process_count:
+            raise ValueError(
+                f"volumes_per_batch {volumes_per_batch} is not a multiple of {process_count} processes"
+            )
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index {process_index}, expected 0 to {process_count - 1}")
+        self.store, self.seed = store, seed
+        self.crops_per_volume, self.volumes_per_batch = crops_per_volume, volumes_per_batch
+        self.threads, self.workers = threads, workers
+        self.process_index, self.process_count = process_index, process_count
+        self.mix = Mix.of([entry.source for entry in store.entries], weights)
+
+    @abstractmethod
+    def batch(self, number: int) -> dict[str, NumpyArray]:
+        """This process's part of batch ``number`` since the start of training."""
+
+    @property
+    @abstractmethod
+    def sampling(self) -> str:
+        """Whatever else decides what a sample looks like, in one text."""
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches after which every volume has been seen, rounded up."""
+        return math.ceil(len(self.store) / self.volumes_per_batch)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a saved iterator state must agree with for its samples to be the same."""
+        sampling = f"{self.crops_per_volume} {self.mix.shares} {self.sampling}"
+        return {
+            "seed": self.seed,
+            "volumes_per_batch": self.volumes_per_batch,
+            "fingerprint": self.store.fingerprint,
+            "sampling": hashlib.sha256(sampling.encode()).hexdigest()[:16],
+        }
+
+    def __iter__(self) -> BatchIterator:
+        return BatchIterator(self)
+
+    def samples(self, number: int) -> list[int]:
+        """Global indices of this process's samples of batch ``number``."""
+        first = number * self.volumes_per_batch
+        return [*range(first + self.process_index, first + self.volumes_per_batch, self.process_count)]
+
+    def volume_of(self, index: int) -> int:
+        """The volume that sample ``index`` reads."""
+        return self.mix.volume(self.seed, index)
+
+    def generator(self, index: int) -> np.random.Generator:
+        """The random numbers of sample ``index``."""
+        return np.random.default_rng((_SAMPLE, self.seed, index))
+
+
+class BatchIterator(Iterator[dict[str, NumpyArray]]):
+    """Iterator over a ``Loader`` whose state is a small dict that JSON can hold."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._start(0)
+
+    def _start(self, number: int) -> None:
+        """Read from batch ``number`` on. Starting anew needs no state of Grain's, which depends on the
+        workers.
+        """
+        loader, self._number = self._loader, number
+        source = grain.MapDataset.range(number, _ENDLESS).map(_Reader(loader))
+        threads = 0 if loader.workers else loader.threads
+        batches = source.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=max(2 * threads, 1)))
+        if loader.workers:
+            prepare_workers()
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(loader.workers, per_worker_buffer_size=2)
+            )
+        self._batches = iter(batches)
+
+    def __next__(self) -> dict[str, NumpyArray]:
+        batch = next(self._batches)
+        self._number += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Samples (volumes, of all processes) handed out so far, and what they belong to."""
+        return {"examples": self._number * self._loader.volumes_per_batch, **self._loader.identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken; threads and processes may differ, the data and the batch may not.
+
+        Raises:
+            ValueError: the state belongs to another seed, batch size, data set or way of cropping.
+        """
+        for key, expected in self._loader.identity.items():
+            if state.get(key) != expected:
+                what = f"{key} {state.get(key)!r}, this run has {expected!r}"
+                raise ValueError(
+                    f"iterator state was saved with {what}: resume with the same data and config, or anew"
+                )
+        self._start(state["examples"] // self._loader.volumes_per_batch)
+
+
+def prepare_workers() -> None:
+    """Grain's processes need parsed flags, which a plain script does not have."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+class _Reader:
+    """``loader.batch``, in a worker process with a care for what that process must not do: touch an
+    accelerator,
+    or outlive its parent.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader, self._settled = loader, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_loader": self._loader, "_settled": False}
+
+    def __call__(self, number: int) -> dict[str, NumpyArray]:
+        if not self._settled and multiprocessing.parent_process() is not None:
+            os.environ["JAX_PLATFORMS"] = "cpu"
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        self._settled = True
+        return self._loader.batch(number)
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
