@@ -49,8 +49,11 @@ class DataConfig:
     """Volumes, their preparation and the crops drawn from them."""
 
     source: str = ""
-    """A folder (nnU-Net raw, Decathlon JSON or plain NIfTI files), or "phantoms" for generated ones."""
+    """A store, or folders (nnU-Net raw, Decathlon JSON or plain NIfTI files) with commas between; or "phantoms"."""
     format: str = "auto"
+    weights: str = ""
+    """How often each source is drawn from, as NAME=NUMBER with commas between, NAME being its path or the last
+    part of it; empty: every volume equally often."""
     store: str = ""
     """Where prepared volumes are kept, to be shared between runs; empty means WORKDIR/store."""
     phantoms: int = 12
@@ -71,14 +74,18 @@ class DataConfig:
     """Processes that prepare volumes; 0 for one per core, at most eight."""
     threads: int = 2
     """Threads that read crops during training."""
+    processes: int = 0
+    """Processes that read crops in place of threads; of use with a compact store."""
 
     def check(self, key: str) -> None:
         if self.source != PHANTOMS:
             advice = f'pass --config.{key}.source=FOLDER, or "{PHANTOMS}" for generated volumes'
             _require(self.source != "", f"{key}.source", self.source, "a folder with CT volumes", advice)
-            found = Path(self.source).expanduser()
-            usable = found.is_dir() or (found.is_file() and found.suffix == ".json")
-            _require(usable, f"{key}.source", self.source, "an existing folder or Decathlon .json", advice)
+            for source in self.sources:
+                found = Path(source).expanduser()
+                usable = found.is_dir() or (found.is_file() and found.suffix == ".json")
+                _require(usable, f"{key}.source", source, "an existing folder or Decathlon .json", advice)
+        self.mixture(f"{key}.weights")
         _require(self.phantoms > 0, f"{key}.phantoms", self.phantoms, "at least 1")
         _require(min(self.spacing) > 0, f"{key}.spacing", self.spacing, "three positive lengths in mm")
         _require(
@@ -91,6 +98,28 @@ class DataConfig:
             all(0 <= p <= 1 for p in self.flip), f"{key}.flip", self.flip, "three probabilities in [0, 1]"
         )
         _require(0 <= self.max_lost <= 1, f"{key}.max_lost", self.max_lost, "a share in [0, 1]")
+        for name in ("workers", "threads", "processes"):
+            _require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "0 or more")
+
+    @property
+    def sources(self) -> list[str]:
+        """The parts of ``source``."""
+        return [part.strip() for part in self.source.split(",") if part.strip()]
+
+    def mixture(self, key: str = "data.weights") -> dict[str, float] | None:
+        """``weights`` as a mapping, None where there are none.
+
+        Raises: ConfigError if they are not written as they should be.
+        """
+        weights: dict[str, float] = {}
+        for part in filter(str.strip, self.weights.split(",")):
+            name, _, number = part.rpartition("=")
+            try:
+                weights[name.strip()] = float(number)
+            except ValueError:
+                name = ""
+            _require(name.strip() != "", key, part, "NAME=NUMBER", "such as --config.data.weights=A=3,B=1")
+        return weights or None
 
     @property
     def batch(self) -> int:
@@ -277,7 +306,10 @@ class PretrainConfig(RunConfig):
 
     harmless: ClassVar[tuple[str, ...]] = (
         *RunConfig.harmless,
-        *(f"data.{name}" for name in ("source", "format", "store", "max_lost", "workers", "threads")),
+        *(
+            f"data.{name}"
+            for name in ("source", "format", "store", "max_lost", "workers", "threads", "processes")
+        ),
         "model.scan",
     )
 

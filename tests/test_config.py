@@ -51,6 +51,15 @@ def test_values_take_the_type_that_is_there():
     assert flat(config)["data.crop"] == [32, 48, 16]
 
 
+def test_several_sources_and_their_weights(tmp_path):
+    config = parse(f"--config.data.source={tmp_path}, {tmp_path}", "--config.data.weights=/a/b=3, c=0.5")
+    assert config.data.sources == [str(tmp_path)] * 2
+    assert config.data.mixture() == {"/a/b": 3.0, "c": 0.5}
+    assert parse().data.mixture() is None
+    with pytest.raises(ConfigError, match="source: found '/no/such'; expected an existing folder"):
+        parse(f"--config.data.source={tmp_path},/no/such")
+
+
 WRONG = {
     "--config.optm.learning_rate=1": "optm.learning_rate: no such key; .* config.optim.learning_rate",
     "--config.optim.learning_rate=high": "optim.learning_rate: found 'high'; expected a number",
@@ -63,6 +72,9 @@ WRONG = {
     "--config.data.crop=(48,50,48)": r"crop: found \(48, 50, 48\); .* stride 16; try \(48, 48, 48\)",
     "--config.data.crop=(48,48)": r"crop: found \(48, 48\) .*; expected 3 integers",
     "--config.data.source=/no/such/folder": "source: found '/no/such/folder'; expected an existing folder",
+    "--config.data.weights=a": "data.weights: found 'a'; expected NAME=NUMBER",
+    "--config.data.weights=a=1,b=x": "data.weights: found 'b=x'; expected NAME=NUMBER",
+    "--config.data.threads=-1": "data.threads: found -1; expected 0 or more",
     "--config.data.window=(250,-175)": "window: .* low < high",
     "--config.model.mask_ratio=0.99": "mask_ratio: found 0.99; .* some but not all of the 27 patches",
     "--config.model.mask_ratio=0": "mask_ratio: found 0.0; .* some but not all",

@@ -21,6 +21,7 @@ import numpy as np
 from mambamim_jax import visualise
 from mambamim_jax.settings import ConfigError, OptimConfig, RunConfig
 from mambamim_jax.train.checkpoint import Checkpoints
+from mambamim_jax.train.feed import Feed, Stream
 from mambamim_jax.train.logs import RunLog, read_rows
 from mambamim_jax.train.optim import AdamW, Schedule
 from mambamim_jax.train.progress import Show, Terminal, duration
@@ -39,14 +40,6 @@ from mambamim_jax.types import NumpyArray
 
 PANEL_CROPS = 2
 ENDS = 10
-
-
-class Stream(Protocol):
-    """An endless iterator over batches that can be resumed."""
-
-    def __next__(self) -> dict[str, NumpyArray]: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 class Loader(Protocol):
@@ -82,7 +75,7 @@ class _Pending:
 
     step: int
     metrics: dict[str, Any]
-    batch: dict[str, NumpyArray]
+    batch: dict[str, Any]
     wait: float
 
 
@@ -109,7 +102,7 @@ def train(
     """
     steps = config.total_steps(loader.batches_per_epoch)
     adamw, schedule = make_optimiser(config.optim, steps, task.unused_parameters, task.rate_scales)
-    stream = iter(loader)
+    stream = Feed(iter(loader), task.inputs)
     like = abstract_state(task, adamw)
     restored = checkpoints.restore(like)
     start = restored.step if restored else 0
@@ -134,7 +127,7 @@ def train(
         log.close()
 
 
-def _resume_stream(stream: Stream, state: dict[str, Any], workdir: Path) -> None:
+def _resume_stream(stream: Feed, state: dict[str, Any], workdir: Path) -> None:
     try:
         stream.set_state(state)
     except ValueError as error:
@@ -163,7 +156,7 @@ class _Run:
     seconds: float = 0.0
     clock: float = 0.0
 
-    def go(self, step_function: Callable, state: State, stream: Stream, caught: list[int]) -> None:
+    def go(self, step_function: Callable, state: State, stream: Feed, caught: list[int]) -> None:
         """All remaining steps."""
         title, log, every = self.task.name, self.config.log, self.config.checkpoint.every
         self.step = self.start
@@ -174,9 +167,12 @@ class _Run:
             self.clock = time.monotonic()
             for step in range(self.start + 1, self.steps + 1):
                 before = time.monotonic()
-                batch = take(next(stream), self.task.inputs)
+                batch = next(stream)
                 wait = time.monotonic() - before
                 state, metrics = step_function(state, batch)
+                before = time.monotonic()
+                stream.advance()
+                wait += time.monotonic() - before
                 if pending:
                     self.settle(pending, state, show)
                 pending = _Pending(step, metrics, batch, wait)

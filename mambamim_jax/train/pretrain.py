@@ -11,9 +11,10 @@ from mambamim_jax.data import phantom, store
 from mambamim_jax.data.loader import PretrainLoader
 from mambamim_jax.model.mask import draw_mask, patchify, unpatchify
 from mambamim_jax.model.mim import MaskedImageModel
-from mambamim_jax.settings import PHANTOMS, STRIDE, ModelConfig, PretrainConfig
+from mambamim_jax.settings import PHANTOMS, STRIDE, ConfigError, ModelConfig, PretrainConfig
 from mambamim_jax.train.build import batch_stats, build_mim, to_dicts
 from mambamim_jax.train.checkpoint import open_checkpoints
+from mambamim_jax.train.feed import window
 from mambamim_jax.train.loop import Outcome, train
 from mambamim_jax.train.losses import patch_statistics, reconstruction_loss
 from mambamim_jax.train.progress import Terminal
@@ -43,12 +44,12 @@ def pretrain(config: PretrainConfig, workdir: Path, terminal: Terminal | None = 
 def prepare_data(config: PretrainConfig, workdir: Path, terminal: Terminal) -> PretrainLoader:
     """Volumes found or made, preprocessed into the store, and the loader over it."""
     data = config.data
-    source = Path(data.source).expanduser()
+    sources = [Path(source).expanduser() for source in data.sources]
     if data.source == PHANTOMS:
-        source = phantom.write_phantoms(workdir / "phantoms", seed=config.seed, count=data.phantoms)
+        sources = [phantom.write_phantoms(workdir / "phantoms", seed=config.seed, count=data.phantoms)]
     with terminal.counting("Preparing volumes") as progress:
         prepared = store.open_or_prepare(
-            source,
+            sources,
             Path(data.store).expanduser() if data.store else workdir / "store",
             format=data.format,
             spacing=data.spacing,
@@ -59,16 +60,22 @@ def prepare_data(config: PretrainConfig, workdir: Path, terminal: Terminal) -> P
             progress=progress,
         )
     terminal.say(prepared.summary)
-    return PretrainLoader(
-        prepared,
-        crop=data.crop,
-        crops_per_volume=data.crops_per_volume,
-        volumes_per_batch=data.volumes_per_batch,
-        flip=data.flip,
-        window=data.window,
-        seed=config.seed,
-        threads=data.threads,
-    )
+    try:
+        return PretrainLoader(
+            prepared,
+            crop=data.crop,
+            crops_per_volume=data.crops_per_volume,
+            volumes_per_batch=data.volumes_per_batch,
+            flip=data.flip,
+            window=data.window,
+            seed=config.seed,
+            threads=data.threads,
+            workers=data.processes,
+            weights=data.mixture(),
+            dtype="int16",  # windowed on the device, see mim_task
+        )
+    except ValueError as error:
+        raise ConfigError("config.data", str(error), "settings that fit the data") from error
 
 
 def mim_task(config: PretrainConfig) -> Task:
@@ -83,7 +90,8 @@ def mim_task(config: PretrainConfig) -> Task:
         return to_dicts(build_mim(model, nnx.Rngs(key)))
 
     def prepare(batch: Batch, key: Array) -> Batch:
-        return batch | {"mask": draw_mask(key, batch["image"].shape[0], grid, model.mask_ratio)}
+        image = window(batch["image"], config.data.window)
+        return batch | {"image": image, "mask": draw_mask(key, len(image), grid, model.mask_ratio)}
 
     def reconstruct(params: Tree, stats: Tree, batch: Batch) -> tuple[Array, MaskedImageModel]:
         network = nnx.merge(graph, params, stats)

@@ -1,0 +1,63 @@
+"""What pre-training is fed with: a store or raw folders, several sources by weight, HU windowed on the device."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mambamim_jax.data import datasets, store
+from mambamim_jax.data.phantom import write_phantoms
+from mambamim_jax.data.volume import window_intensity
+from mambamim_jax.settings import ConfigError, DataConfig, PretrainConfig
+from mambamim_jax.train.pretrain import mim_task, prepare_data
+from mambamim_jax.train.progress import Terminal
+
+DATA = DataConfig(
+    crop=(32, 32, 32), spacing=(6.0, 6.0, 6.0), crops_per_volume=1, volumes_per_batch=2, workers=1
+)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    return [write_phantoms(folder / name, seed=seed, count=2) for seed, name in enumerate("ab")]
+
+
+def loader_of(workdir, **changes):
+    terminal = Terminal(Console(file=io.StringIO()))
+    return prepare_data(PretrainConfig(data=dataclasses.replace(DATA, **changes)), workdir, terminal)
+
+
+def test_a_store_and_raw_folders_give_the_same(sources, tmp_path):
+    both = ",".join(map(str, sources))
+    raw = loader_of(tmp_path / "run", source=both)
+    cases = [case for source in sources for case in datasets.discover(source)]
+    store.prepare(cases, tmp_path / "store", spacing=DATA.spacing, workers=1)
+    ready = loader_of(tmp_path / "other", source=str(tmp_path / "store"))
+    assert len(raw.store) == len(ready.store) == 4
+    assert raw.store.fingerprint == ready.store.fingerprint
+    batches = [next(iter(loader)) for loader in (raw, ready)]
+    assert np.array_equal(batches[0]["image"], batches[1]["image"])
+    assert not (tmp_path / "other" / "store").exists()
+
+
+def test_weights_decide_how_often_a_source_is_drawn(sources, tmp_path):
+    both = ",".join(map(str, sources))
+    mixed = loader_of(tmp_path, source=both, weights="a=3,b=1")
+    drawn = [Path(mixed.store.entries[mixed.volume_of(n)].source).name for n in range(40)]
+    assert drawn.count("a") == 30
+    with pytest.raises(ConfigError, match="no weight for source"):
+        loader_of(tmp_path, source=both, weights="a=1")
+
+
+def test_the_step_windows_what_the_loader_left_in_hu(sources, tmp_path):
+    loader = loader_of(tmp_path, source=str(sources[0]))
+    batch = next(iter(loader))
+    assert batch["image"].dtype == np.int16
+    config = PretrainConfig(data=DATA)
+    prepared = mim_task(config).prepare({"image": batch["image"]}, jax.random.key(0))
+    assert np.array_equal(prepared["image"], window_intensity(batch["image"], DATA.window))
