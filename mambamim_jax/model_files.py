@@ -47,7 +47,6 @@ NETWORK = (
     *("task", "encoder", "encoder_config", "in_channels", "classes", "head_width"),
     *("filler", "decoder_width", "dtype"),
 )
-"""What of a description decides the network."""
 SEGMENT = ("classes", "head_width", "labels")
 
 
@@ -186,6 +185,11 @@ def find_model(path: str | Path) -> Path:
     raise ModelFileError(f"{path}: {what}; {advice}")
 
 
+def network_of(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a description decides the network."""
+    return {key: value for key, value in description.items() if key in NETWORK}
+
+
 def build_network(description: Mapping[str, Any], rngs: nnx.Rngs) -> Any:
     """The network that a description means, newly initialised."""
     encoder_name, channels = description["encoder"], description["in_channels"]
@@ -227,8 +231,7 @@ def _apply(description: Mapping[str, Any], stats: Tree) -> Callable[..., Any]:
 
 def _structure(description: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """The network's graph, and the shapes of its arrays by the names they have in a file."""
-    sizes = {key: value for key, value in description.items() if key in NETWORK}
-    return _structure_of(json.dumps(sizes, sort_keys=True))
+    return _structure_of(json.dumps(network_of(description), sort_keys=True))
 
 
 @cache

@@ -85,6 +85,21 @@ def read(
     return volume
 
 
+def read_header(path: str | Path) -> Any:
+    """The header of a file that ``read`` takes, as nibabel's ``Nifti1Header`` or ``Nifti2Header``.
+
+    Raises: VolumeError as ``read`` does.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            return _header(igzip.GzipFile(fileobj=file) if zipped else file, path)  # type: ignore[arg-type]
+    except (OSError, EOFError, _ZLIB_ERROR) as error:
+        raise VolumeError("missing", path, f"can't be opened: {error}") from None
+
+
 def _header(stream: BinaryIO, path: Path) -> Any:
     """The parsed header of NIfTI-1 or -2, either byte order; voxel type and shape checked."""
     start = stream.read(540)

@@ -157,24 +157,26 @@ def _straight_grid(volume: Volume) -> tuple[Size3, NumpyArray, NumpyArray] | Non
 # ------------------------------------------------------------------------------------------------ resampling
 
 
-def resample(volume: Volume, spacing: Spacing, *, label: bool = False, dtype: type = np.float32) -> Volume:
+def resample(
+    volume: Volume, spacing: Spacing, *, label: bool = False, dtype: type = np.float32, outside: float = AIR
+) -> Volume:
     """Put a volume on an axis-aligned RAS grid of the given spacing.
 
     Straight volumes keep their first RAS voxel's centre, and get MONAI's size ``round((n - 1) s / spacing +
     1)`` per axis; beyond the last centre the edge is repeated. Tilted, sheared and oblique ones fill their
-    bounding box, with ``AIR`` (labels: 0) where there was no scan. Images are interpolated trilinearly,
+    bounding box, with ``outside`` (labels: 0) where there was no scan. Images are interpolated trilinearly,
     labels take the nearest voxel.
 
     Args:
         volume: as read. spacing: mm along R, A, S. dtype: of the result; integers are rounded and clipped to
-            range.
+            range. outside: a tilted scan's value where it has none; 0 for MRI.
 
     Returns:
         Volume (h, w, d), C-contiguous, slope 1 and intercept 0.
     """
     grid = _straight_grid(volume)
     if grid is None:
-        return _resample_tilted(volume, spacing, label, dtype)
+        return _resample_tilted(volume, spacing, label, dtype, outside)
     size, first, step = grid
     axes, backwards = straight_axes(volume.affine, volume.voxels.shape)  # type: ignore[misc]
     positions: list[NumpyArray] = [np.empty(0)] * 3  # per stored axis, in stored index units
@@ -258,7 +260,7 @@ def _neighbours(positions: NumpyArray, size: int) -> tuple[NumpyArray, NumpyArra
     return low, np.minimum(low + 1, size - 1), (positions - low).astype(np.float32)
 
 
-def _resample_tilted(volume: Volume, spacing: Spacing, label: bool, dtype: type) -> Volume:
+def _resample_tilted(volume: Volume, spacing: Spacing, label: bool, dtype: type, outside: float) -> Volume:
     from scipy import ndimage  # slow to import, rarely needed
 
     shape = volume.voxels.shape
@@ -272,7 +274,7 @@ def _resample_tilted(volume: Volume, spacing: Spacing, label: bool, dtype: type)
     middle = (np.array(shape) - 1) / 2
     to_index[:3] *= 1 - 1e-9
     to_index[:3, 3] += 1e-9 * middle
-    fill = 0.0 if label else AIR
+    fill = 0.0 if label else outside
     moved = ndimage.affine_transform(
         volume.values(), to_index, output_shape=size, order=0 if label else 1, mode="constant", cval=fill
     )

@@ -72,12 +72,15 @@ class SlidingWindow:
         axis = self.stream_axis(image.shape)
         return np.concatenate([values for _, values in self.stream(image, members)], axis)
 
-    def stream(self, image: NumpyArray, members: Sequence[Tree]) -> Iterator[tuple[int, NumpyArray]]:
+    def stream(
+        self, image: NumpyArray, members: Sequence[Tree], progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[tuple[int, NumpyArray]]:
         """The averaged output in slabs, in order, without gaps, along ``stream_axis``.
 
         Args:
           image: (h, w, d, c).
           members: parameters of an ensemble, of one or more.
+          progress: called with (windows done, windows).
 
         Yields:
           (the slab's first index along the axis, its values (h, w, d, classes) float32).
@@ -88,12 +91,15 @@ class SlidingWindow:
         inside[axis] = slice(None)  # padded along the longest axis only if one window holds it all
         length, first = image.shape[axis], before[axis]
         slab: _Slab | None = None
-        for place, output in self._outputs(volume, members):
+        places = self.places(volume.shape)
+        for number, (place, output) in enumerate(self._outputs(volume, places, members), start=1):
             if slab is None:
                 slab = _Slab(volume.shape[:3], axis, self.weight, output.shape[-1])
             if place[axis] > slab.start:
                 yield slab.start, slab.take(place[axis])[tuple(inside)]
             slab.add(place, output)
+            if progress:
+                progress(number, len(places))
         assert slab is not None
         start, values = slab.start, slab.take(volume.shape[axis])
         inside[axis] = slice(first, first + length) if first else slice(length - start)
@@ -109,15 +115,18 @@ class SlidingWindow:
         starts = [window_starts(n, w, self.overlap) for n, w in zip(shape, self.window)]
         return sorted(itertools.product(*starts), key=lambda place: (place[axis], place))  # type: ignore
 
-    def _outputs(self, volume: NumpyArray, members: Sequence[Tree]) -> Iterator[tuple[Size3, NumpyArray]]:
+    def _outputs(
+        self, volume: NumpyArray, places: Sequence[Size3], members: Sequence[Tree]
+    ) -> Iterator[tuple[Size3, NumpyArray]]:
         """Every window's place and output; a batch is read while the next one is computed."""
         members = [jax.device_put(params) for params in members]
-        waiting: tuple[list[Size3], Array] | None = None
-        for places in _chunks(self.places(volume.shape), self.batch):
+        waiting: tuple[Sequence[Size3], Array] | None = None
+        for begin in range(0, len(places), self.batch):
+            some = places[begin : begin + self.batch]
             x = np.zeros((self.batch, *self.window, volume.shape[-1]), np.float32)
-            for n, place in enumerate(places):
+            for n, place in enumerate(some):
                 x[n] = volume[tuple(slice(p, p + w) for p, w in zip(place, self.window))]
-            following = places, self._average(jax.device_put(x), members)
+            following = some, self._average(jax.device_put(x), members)
             if waiting:
                 yield from zip(waiting[0], np.asarray(waiting[1]))
             waiting = following
@@ -195,8 +204,3 @@ def flip(x: Array, turn: Array) -> Array:
     for axis in range(3):
         x = jnp.where(turn[axis], jnp.flip(x, axis + 1), x)
     return x
-
-
-def _chunks(items: list, size: int) -> Iterator[list]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

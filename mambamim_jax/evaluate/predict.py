@@ -1,0 +1,211 @@
+"""Prediction: scans in, label maps on the scans' own grids out.
+
+    read → network's grid → windows over the body's box → mean probabilities → the scan's grid → labels → file
+
+Probabilities are averaged over windows, flips and the models of an ensemble, then interpolated to the scan's grid.
+Outside the box of what is above the window's low end, which training never saw, all is background.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mambamim_jax.data.volume import VolumeError
+from mambamim_jax.evaluate.inputs import InputError, Scan, find_cases, foreground, read_scan
+from mambamim_jax.evaluate.label_files import probability_file, write_labels, write_text
+from mambamim_jax.evaluate.labels import probabilities
+from mambamim_jax.evaluate.painter import Painter, place
+from mambamim_jax.evaluate.sliding_window import SlidingWindow
+from mambamim_jax.model_files import WEIGHTS, LoadedModel, ModelFileError, load_model, network_of
+from mambamim_jax.train.progress import Terminal
+from mambamim_jax.types import Array, NumpyArray, Size3, Tree
+
+MARGIN = 8
+"""Voxels around the body's box, whose borders need some context."""
+SETTINGS = "predictions.json"
+STRIDE = 16
+SAME = ("channel_names", "normalisation", "spacing", "labels", "regions")
+"""What the models of an ensemble must have in common besides the network."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to predict; see ``launch/predict.py --help``."""
+
+    overlap: float = 0.5
+    flips: tuple[int, ...] = ()
+    batch: int = 1
+    window: Size3 | None = None
+    probabilities: bool = False
+    dtype: str | None = None
+
+
+class Predictor:
+    """One or more models that predict together.
+
+    Args:
+      paths: model folders or fine-tuning workdirs.
+
+    Raises: ModelFileError or InputError, in one line.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], options: Options):
+        self.models = [load_model(path, dtype=options.dtype) for path in paths]
+        first = self.models[0]
+        for model in self.models:
+            if model.description["task"] != "segment":
+                found = f"found task {model.description['task']!r}"
+                raise ModelFileError(
+                    f"{model.path}: {found}, expected a segmentation model; fine-tune it first"
+                )
+            _check_member(model, first)
+        self.description, self.options = first.description, options
+        self.regions = self.description.get("regions")
+        window = options.window or tuple(self.description["crop"])
+        if any(side % STRIDE or side <= 0 for side in window):
+            raise InputError(f"--window: found {window}, expected sides divisible by {STRIDE}")
+
+        def network(params: Tree, x: Array) -> Array:
+            return probabilities(first.apply(params, x), self.regions)
+
+        try:
+            sizes = {"overlap": options.overlap, "batch": options.batch, "flips": options.flips}
+            self.sliding = SlidingWindow(network, window, **sizes)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise InputError(f"--overlap, --batch, --flips or --window: {error}") from None
+        self.members = [model.params for model in self.models]
+
+    def labels(
+        self, scan: Scan, progress: Callable[[int, int], None] | None = None, kept: Any = None
+    ) -> NumpyArray:
+        """The label map (i, j, k) on the scan's own grid.
+
+        Args:
+          progress: called with (windows done, windows).
+          kept: an array (classes, k, j, i) to fill with probabilities times ``painter.SCALE``.
+        """
+        box = foreground(scan.image, MARGIN)
+        inside = scan.image[tuple(slice(*ends) for ends in box.T)]
+        placement = place(scan.affine, scan.shape, scan.grid, scan.image.shape[:3], box)
+        axis = self.sliding.stream_axis(inside.shape)
+        classes = self.description["classes"]
+        painter = Painter(scan.shape, placement, axis, classes, self.regions, kept)
+        if inside.size:
+            for start, values in self.sliding.stream(inside, self.members, progress):
+                painter.add(start, values)
+        return painter.labels.transpose(2, 1, 0)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that predictions depend on."""
+        models = [{"weights": _digest(model.path / WEIGHTS)} for model in self.models]
+        named = {key: self.description.get(key) for key in SAME}
+        how = {
+            "window": list(self.sliding.window),
+            "overlap": self.options.overlap,
+            "flips": [*self.options.flips],
+        }
+        return {"models": models, **how, "dtype": self.description.get("dtype", "float32"), **named}
+
+
+def predict(
+    paths: Sequence[str | Path],
+    source: str | Path,
+    output: str | Path,
+    options: Options,
+    overwrite: bool = False,
+    terminal: Terminal | None = None,
+) -> list[str]:
+    """Predicts every case that is not there yet.
+
+    Args:
+      paths: models. source: a file or folder, see ``inputs.find_cases``. output: folder for CASE.nii.gz.
+
+    Returns: one line for each case that could not be predicted.
+
+    Raises: ModelFileError or InputError before any work.
+    """
+    terminal, output = terminal or Terminal(), Path(output).expanduser()
+    predictor = Predictor(paths, options)
+    cases = find_cases(source, predictor.description["channel_names"])
+    _settle(output, predictor, overwrite)
+    todo = {
+        case: files for case, files in cases.items() if overwrite or not (output / f"{case}.nii.gz").exists()
+    }
+    if len(todo) < len(cases):
+        terminal.say(f"{len(cases) - len(todo)} of {len(cases)} cases are in {output} already and are kept")
+    failures = []
+    with terminal.counting("Predicting") as count:
+        for number, (case, files) in enumerate(todo.items()):
+
+            def note(done: int, windows: int, number: int = number, case: str = case) -> None:
+                count(number, len(todo), f"{case}, window {done} of {windows}")
+
+            try:
+                predict_case(predictor, files, output / f"{case}.nii.gz", note)
+            except (VolumeError, InputError) as error:
+                failures.append(str(error))
+                terminal.say(f"error: {error}")
+            count(number + 1, len(todo), case)
+    return failures
+
+
+def predict_case(
+    predictor: Predictor,
+    files: Sequence[Path],
+    target: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Predicts one case and writes its label map, and its probabilities first where they are wanted."""
+    scan = read_scan(files, predictor.description)
+    if not predictor.options.probabilities:
+        write_labels(predictor.labels(scan, progress), files[0], target)
+        return
+    name = target.name.removesuffix(".nii.gz")
+    with probability_file(
+        files[0], target.with_name(f"{name}_probabilities.nii"), predictor.description["classes"]
+    ) as kept:
+        labels = predictor.labels(scan, progress, kept)
+    write_labels(labels, files[0], target)
+
+
+def _check_member(model: LoadedModel, first: LoadedModel) -> None:
+    """Raises InputError unless two models can predict together."""
+    if network_of(model.description) != network_of(first.description):
+        expected = "models of an ensemble must have the same encoder, sizes and classes"
+        raise InputError(f"{model.path}: another network than {first.path}; {expected}")
+    for key in SAME:
+        ours, theirs = (m.description.get(key) for m in (model, first))
+        if ours != theirs:
+            raise InputError(
+                f"{model.path}: {key} {ours}, but {theirs} in {first.path}; an ensemble must agree"
+            )
+
+
+def _settle(output: Path, predictor: Predictor, overwrite: bool) -> None:
+    """Makes the output folder; raises InputError where it holds predictions made in another way."""
+    path, settings = output / SETTINGS, json.loads(json.dumps(predictor.settings()))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not overwrite:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            other = [key for key, value in settings.items() if before.get(key) != value]
+            if other:
+                advice = "choose another --output, or --overwrite"
+                raise InputError(
+                    f"{path}: the predictions there were made with other {', '.join(other)}; {advice}"
+                )
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{output}: not usable as output folder ({error})") from None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
