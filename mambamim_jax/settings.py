@@ -45,8 +45,8 @@ def did_you_mean(found: str, choices: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Volumes, their preparation and the crops drawn from them."""
+class VolumeConfig:
+    """Volumes, their preparation and how many crops are drawn from them, for pre-training and fine-tuning."""
 
     source: str = ""
     """A store, or folders (nnU-Net raw, Decathlon JSON or plain NIfTI files) with commas between; or "phantoms"."""
@@ -66,8 +66,6 @@ class DataConfig:
     """Voxels, each side divisible by the encoder's stride."""
     crops_per_volume: int = 4
     volumes_per_batch: int = 4
-    flip: tuple[float, float, float] = (0.2, 0.2, 0.1)
-    """Probability of a flip along each axis."""
     max_lost: float = 0.1
     """The run stops where more than this share of the volumes cannot be used."""
     workers: int = 0
@@ -94,9 +92,6 @@ class DataConfig:
         check_crop(self.crop, f"{key}.crop")
         for name in ("crops_per_volume", "volumes_per_batch"):
             _require(getattr(self, name) > 0, f"{key}.{name}", getattr(self, name), "at least 1")
-        _require(
-            all(0 <= p <= 1 for p in self.flip), f"{key}.flip", self.flip, "three probabilities in [0, 1]"
-        )
         _require(0 <= self.max_lost <= 1, f"{key}.max_lost", self.max_lost, "a share in [0, 1]")
         for name in ("workers", "threads", "processes"):
             _require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "0 or more")
@@ -125,6 +120,23 @@ class DataConfig:
     def batch(self) -> int:
         """Crops in a global batch."""
         return self.crops_per_volume * self.volumes_per_batch
+
+
+@dataclass(frozen=True)
+class DataConfig(VolumeConfig):
+    """The data of pre-training."""
+
+    flip: tuple[float, float, float] = (0.2, 0.2, 0.1)
+    """Probability of a flip along each axis."""
+
+    def check(self, key: str) -> None:
+        super().check(key)
+        check_flip(self.flip, f"{key}.flip")
+
+
+def check_flip(flip: tuple[float, float, float], key: str) -> None:
+    """Raises ConfigError unless these are three probabilities."""
+    _require(all(0 <= p <= 1 for p in flip), key, flip, "three probabilities in [0, 1]")
 
 
 def check_crop(crop: Size3, key: str) -> None:
@@ -183,30 +195,39 @@ def check_width(width: int, key: str, found: object, what: str) -> None:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The encoder, and the decoder that reconstructs hidden patches."""
+class EncoderConfig:
+    """The encoder, which pre-training and fine-tuning share."""
 
     encoder: str = "hymamba"
     hymamba: HyMambaConfig = field(default_factory=HyMambaConfig)
     vision_mamba: VisionMambaConfig = field(default_factory=VisionMambaConfig)
-    filler: str = "toki"
-    """What stands in for hidden tokens at the deepest scale."""
-    decoder_width: int = 768
-    mask_ratio: float = 0.75
     dtype: str = "float32"
     """Compute type; the scan, the statistics of norms and the loss are always in float32."""
     scan: str = "auto"
 
     def check(self, key: str) -> None:
         _one_of(f"{key}.encoder", self.encoder, ("hymamba", "vision_mamba"))
+        _one_of(f"{key}.dtype", self.dtype, ("float32", "bfloat16"))
+        scans = ("auto", "reference", "associative", "sequential", "pallas_triton", "pallas_mosaic")
+        _one_of(f"{key}.scan", self.scan, scans)
+
+
+@dataclass(frozen=True)
+class ModelConfig(EncoderConfig):
+    """The encoder, and the decoder that reconstructs hidden patches."""
+
+    filler: str = "toki"
+    """What stands in for hidden tokens at the deepest scale."""
+    decoder_width: int = 768
+    mask_ratio: float = 0.75
+
+    def check(self, key: str) -> None:
+        super().check(key)
         fillers = ("toki", "toki_paper", "toki_scrambled", "linear", "learned_token")
         _one_of(f"{key}.filler", self.filler, fillers)
         width, advice = self.decoder_width, f"try {max(1, round(self.decoder_width / 16)) * 16}"
         ok = width > 0 and width % 16 == 0
         _require(ok, f"{key}.decoder_width", width, "a width divisible by 16 (halved four times)", advice)
-        _one_of(f"{key}.dtype", self.dtype, ("float32", "bfloat16"))
-        scans = ("auto", "reference", "associative", "sequential", "pallas_triton", "pallas_mosaic")
-        _one_of(f"{key}.scan", self.scan, scans)
 
 
 @dataclass(frozen=True)

@@ -25,17 +25,24 @@ ERROR = "error"
 
 
 def plane(volume: NumpyArray, name: str) -> NumpyArray:
-    """The central slice of an RAS volume (h, w, d), as a radiologist looks at it: (rows, columns)."""
+    """The central slice of an RAS volume (h, w, d, …), as a radiologist looks at it: (rows, columns, …)."""
     axis = PLANES[name]
     flat = np.take(volume, volume.shape[axis] // 2, axis=axis)
-    return flat[::-1, ::-1].T
+    return flat[::-1, ::-1].swapaxes(0, 1)
+
+
+def label_colours(count: int) -> NumpyArray:
+    """RGB of the labels 0 to count - 1, (count, 3) float32 in [0, 1]; neighbours differ clearly."""
+    colours = matplotlib.colormaps["tab10"].colors + matplotlib.colormaps["Set2"].colors  # type: ignore[attr-defined]
+    return np.array([colours[n % len(colours)] for n in range(-1, count - 1)], np.float32)
 
 
 def draw_panel(pictures: Mapping[str, NumpyArray], heading: str) -> NumpyArray:
     """Three planes (rows) of several volumes of one crop (columns).
 
     Args:
-      pictures: {title: (h, w, d)} in [0, 1], NaN where hidden; a title that holds "error" is drawn in colour.
+      pictures: {title: (h, w, d), or (h, w, d, 3) in RGB} in [0, 1], NaN where hidden; a title that holds "error"
+        is drawn in colour.
       heading: a line above.
 
     Returns:

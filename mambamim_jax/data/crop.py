@@ -66,11 +66,11 @@ def crop_start(center: NumpyArray, crop: Size3, box: NumpyArray) -> NumpyArray:
 def take(
     hu: NumpyArray, start: NumpyArray, crop: Size3, fill: float, out: NumpyArray | None = None
 ) -> NumpyArray:
-    """The crop (h, w, d) of a volume from ``start``; what lies beyond the volume is ``fill``. dtype of the
+    """The crop (h, w, d, …) of a volume from ``start``; what lies beyond the volume is ``fill``. dtype of the
     volume.
     """
-    out = np.empty(crop, hu.dtype) if out is None else out
-    stop = [min(s + n, size) for s, n, size in zip(start, crop, hu.shape, strict=True)]
+    out = np.empty((*crop, *hu.shape[3:]), hu.dtype) if out is None else out
+    stop = [min(s + n, size) for s, n, size in zip(start, crop, hu.shape[:3], strict=True)]
     first = [max(int(s), 0) for s in start]
     inside = tuple(slice(f - s, e - s) for f, s, e in zip(first, start, stop, strict=True))
     if any(e - f != n for f, e, n in zip(first, stop, crop, strict=True)):

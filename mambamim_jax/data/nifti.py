@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,11 +63,46 @@ def read(
             raise VolumeError("missing", path, f"can't be opened: {error.strerror or error}") from None
     zipped = content[:2] == b"\x1f\x8b"
     stream: BinaryIO = igzip.GzipFile(fileobj=io.BytesIO(content)) if zipped else io.BytesIO(content)  # type: ignore
-    try:
+    with _readable(path):
         header = _header(stream, path)
         affine = _geometry(header, path)
         slope, intercept = _scaling(header, path)
         voxels = _voxels(stream, header, path, len(content) * (_GZIP_MAX_RATIO if zipped else 1))
+    volume = Volume(voxels, affine, slope, intercept)
+    if label:
+        _check_labels(volume, path)
+    elif hu:
+        _check_hu(volume, path, low)
+    else:
+        _range(volume, path)
+    return volume
+
+
+@np.errstate(all="ignore")
+def read_grid(path: str | Path) -> Volume:
+    """Shape and geometry alone, from the first bytes of a file; all voxels are 0 and take no memory.
+
+    Raises:
+        VolumeError: with one of ``volume.REASONS``.
+    """
+    path = Path(path)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise VolumeError("missing", path, f"can't be opened: {error.strerror or error}") from None
+    with file, _readable(path):
+        zipped = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        header = _header(igzip.GzipFile(fileobj=file) if zipped else file, path)  # type: ignore
+        shape = [int(n) for n in header["dim"][1:4]]
+        return Volume(np.broadcast_to(np.int8(0), shape), _geometry(header, path))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what a damaged stream raises into its reason."""
+    try:
+        yield
     except EOFError:
         raise VolumeError(
             "truncated", path, "the gzip stream ends early; copy or download it again"
@@ -75,14 +112,6 @@ def read(
         raise VolumeError(code, path, f"corrupt gzip: {error}; copy or download it again") from None
     except (_ZLIB_ERROR, OSError) as error:
         raise VolumeError("bad_gzip", path, f"corrupt gzip: {error}; copy or download it again") from None
-    volume = Volume(voxels, affine, slope, intercept)
-    if label:
-        _check_labels(volume, path)
-    elif hu:
-        _check_hu(volume, path, low)
-    else:
-        _range(volume, path)
-    return volume
 
 
 def read_header(path: str | Path) -> Any:

@@ -71,10 +71,22 @@ class Store:
         self, folder: Path, spec: dict[str, Any], volumes: Sequence[Record], report: Sequence[Record]
     ) -> None:
         self.folder, self.spec, self.report = Path(folder).absolute(), spec, tuple(report)
+        self.volumes = tuple(volumes)
         self.entries = tuple(_entry(line) for line in volumes)
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether images are stored normalised, float16 (h, w, d, c), 0 where nothing was scanned; else HU."""
+        return self.spec.get("intensity", "hu") != "hu"
+
+    def select(self, ids: Sequence[str]) -> Store:
+        """The same store with only these cases, in this order."""
+        volumes = {line["id"]: line for line in self.volumes}
+        chosen = [volumes[name] for name in ids]
+        return Store(self.folder, self.spec, chosen, [line for line in self.report if line["id"] in set(ids)])
 
     @property
     def fingerprint(self) -> str:
@@ -97,11 +109,11 @@ class Store:
 
     def image(self, n: int) -> NumpyArray:
         """HU of volume ``n``, int16 (h, w, d); slice it to read."""
-        return arrays.open_array(self._path(n, "image"))
+        return arrays.open_array(self.path(n, "image"))
 
     def label(self, n: int) -> NumpyArray:
         """Label map of volume ``n``, uint8 or uint16 (h, w, d); slice it to read."""
-        return arrays.open_array(self._path(n, "label"))
+        return arrays.open_array(self.path(n, "label"))
 
     def meta(self, n: int) -> dict[str, Any]:
         """Geometry, statistics and digests of volume ``n``."""
@@ -113,10 +125,11 @@ class Store:
         Both come from disk for the store's own window, and are computed once (and kept) for another.
         """
         if low == self.spec["window"][0]:
-            return np.array(self.entries[n].box, np.int64), arrays.open_array(self._path(n, "index"))
-        return _foreground(self._path(n, "image"), low)
+            return np.array(self.entries[n].box, np.int64), arrays.open_array(self.path(n, "index"))
+        return _foreground(self.path(n, "image"), low)
 
-    def _path(self, n: int, name: str) -> str:
+    def path(self, n: int, name: str) -> str:
+        """Where an array of volume ``n`` lies, without the ending of its encoding."""
         return f"{self.folder}/volumes/{self.entries[n].folder}/{name}"
 
 

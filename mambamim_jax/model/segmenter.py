@@ -51,6 +51,7 @@ class Segmenter(nnx.Module):
       encoder: any encoder (`model.encoder.Encoder`).
       classes: output channels.
       head_width: width of the last residual block; half the encoder's finest map by default.
+      deep_supervision: further 1x1x1 classifiers, `aux`, of the decoder's maps at strides 2 and 4.
       dtype: compute dtype of the decoder.
     """
 
@@ -60,6 +61,7 @@ class Segmenter(nnx.Module):
         *,
         classes: int,
         head_width: int | None = None,
+        deep_supervision: bool = False,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -69,15 +71,36 @@ class Segmenter(nnx.Module):
         self.ups = nnx.List([UpBlock(a, b, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)])
         self.head = ResBlock(widths[4], head_width, dtype=dtype, rngs=rngs)
         self.classify = Pointwise(head_width, classes, dtype=dtype, rngs=rngs)
+        if deep_supervision:
+            inner = (widths[3], widths[2])
+            self.aux = nnx.List([Pointwise(width, classes, dtype=dtype, rngs=rngs) for width in inner])
 
     def __call__(self, x: Array) -> Array:
         """Class logits (b, h, w, d, classes), float32, of crops (b, h, w, d, c) with sides divisible by the stride."""
-        maps = self.encoder(x, None)
-        y = maps[0]
-        for up, skip in zip(self.ups, maps[1:], strict=True):
-            y = up(y, skip)
-        logits = self.classify(self.head(y[:, None])[:, 0])
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return self._classified(self._decode(x)[-1])
+
+    def supervised(self, x: Array) -> tuple[Array, ...]:
+        """Logits at full resolution and, under deep supervision, at strides 2 and 4; all float32."""
+        *_, quarter, half, full = self._decode(x)
+        logits: tuple[Array, ...] = (self._classified(full),)
+        if hasattr(self, "aux"):
+            logits += tuple(_wide(head(y)) for head, y in zip(self.aux, (half, quarter), strict=True))
+        return logits
+
+    def _decode(self, x: Array) -> list[Array]:
+        """The decoder's maps at strides 8, 4, 2, 1."""
+        deepest, *skips = self.encoder(x, None)
+        maps = [deepest]
+        for up, skip in zip(self.ups, skips, strict=True):
+            maps.append(up(maps[-1], skip))
+        return maps[1:]
+
+    def _classified(self, y: Array) -> Array:
+        return _wide(self.classify(self.head(y[:, None])[:, 0]))
+
+
+def _wide(logits: Array) -> Array:
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def parameter_count(tree: object) -> int:

@@ -10,11 +10,13 @@ from flax import nnx
 
 from mambamim_jax.model.encoder import ENCODERS, Encoder
 from mambamim_jax.model.mim import MaskedImageModel
-from mambamim_jax.settings import ModelConfig
+from mambamim_jax.model.segmenter import Segmenter
+from mambamim_jax.settings import EncoderConfig, ModelConfig
+from mambamim_jax.settings_finetune import SegmenterConfig
 from mambamim_jax.types import Tree
 
 
-def build_encoder(config: ModelConfig, rngs: nnx.Rngs, in_channels: int = 1) -> Encoder:
+def build_encoder(config: EncoderConfig, rngs: nnx.Rngs, in_channels: int = 1) -> Encoder:
     """The encoder that the settings name."""
     own = getattr(config, config.encoder)
     options = {name: getattr(own, name) for name in own.__dataclass_fields__}
@@ -28,6 +30,20 @@ def build_mim(config: ModelConfig, rngs: nnx.Rngs) -> MaskedImageModel:
         build_encoder(config, rngs),
         filler=config.filler,
         decoder_width=config.decoder_width,
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+    )
+
+
+def build_segmenter(
+    config: SegmenterConfig, classes: int, rngs: nnx.Rngs, in_channels: int = 1, *, deep: bool | None = None
+) -> Segmenter:
+    """The fine-tuning network; ``deep`` in place of the settings' deep supervision."""
+    return Segmenter(
+        build_encoder(config, rngs, in_channels),
+        classes=classes,
+        head_width=config.head_width or None,
+        deep_supervision=config.deep_supervision if deep is None else deep,
         dtype=jnp.dtype(config.dtype),
         rngs=rngs,
     )

@@ -1,13 +1,18 @@
-"""The reconstruction loss of masked image modelling (Tang et al., arXiv 2408.08070)."""
+"""Losses: reconstruction of hidden patches (Tang et al., arXiv 2408.08070), Dice and cross-entropy."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 
 from mambamim_jax.model.mask import Mask, patchify
 from mambamim_jax.types import Array
 
 VARIANCE_FLOOR = 1e-6
+DICE_FLOOR = 1e-5
+"""Voxels added above and below in a Dice: a class that is neither there nor predicted has Dice 1."""
 
 
 def patch_statistics(tokens: Array) -> tuple[Array, Array]:
@@ -44,3 +49,53 @@ def reconstruction_loss(reconstruction: Array, image: Array, mask: Mask) -> Arra
     error = patchify(reconstruction.astype(jnp.float32), side) - (tokens - mean) / deviation
     hidden = (mask.slots == mask.kept).astype(jnp.float32)
     return jnp.sum(jnp.mean(error**2, axis=-1) * hidden) / jnp.sum(hidden)
+
+
+def targets_of(label: Array, classes: int, regions: Sequence[Sequence[int]] = ()) -> Array:
+    """A label map (b, h, w, d) as one float32 map of 0 and 1 per class, or per region (the labels inside it)."""
+    if not regions:
+        return jax.nn.one_hot(label.astype(jnp.int32), classes, dtype=jnp.float32)
+    inside = [jnp.isin(label, jnp.asarray(labels, label.dtype)) for labels in regions]
+    return jnp.stack(inside, axis=-1).astype(jnp.float32)
+
+
+def segmentation_loss(
+    logits: Array,
+    target: Array,
+    *,
+    overlapping: bool = False,
+    dice: float = 1.0,
+    cross_entropy: float = 1.0,
+    background: bool = False,
+    batch: bool = False,
+) -> Array:
+    """Dice plus cross-entropy (METHOD section 8).
+
+    Dice is soft, 1 - (2 Σ p t + ε) / (Σ p + Σ t + ε), a mean over the classes, and over the crops unless ``batch``.
+
+    Args:
+      logits: (b, h, w, d, classes). target: the same shape, from ``targets_of``.
+      overlapping: sigmoid and binary cross-entropy, each channel by itself (regions); otherwise softmax over
+        the channels, channel 0 being the background.
+      dice, cross_entropy: weights.
+      background: whether the Dice term counts channel 0 of a softmax.
+      batch: one Dice of all crops rather than one of each.
+
+    Returns:
+      The loss, a float32 scalar.
+    """
+    logits = logits.astype(jnp.float32)
+    if overlapping:
+        probability = jax.nn.sigmoid(logits)
+        # -log(1 - p) = softplus(x) and -log p = softplus(x) - x
+        entropy = jnp.mean(jax.nn.softplus(logits) - target * logits)
+    else:
+        logarithm = jax.nn.log_softmax(logits)
+        probability = jnp.exp(logarithm)
+        entropy = -jnp.mean(jnp.sum(target * logarithm, axis=-1))
+    first = 0 if background or overlapping else 1
+    probability, target = probability[..., first:], target[..., first:]
+    axes = (0, 1, 2, 3) if batch else (1, 2, 3)
+    common = jnp.sum(probability * target, axes)
+    total = jnp.sum(probability, axes) + jnp.sum(target, axes)
+    return dice * jnp.mean(1 - (2 * common + DICE_FLOOR) / (total + DICE_FLOOR)) + cross_entropy * entropy

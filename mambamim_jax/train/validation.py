@@ -1,0 +1,126 @@
+"""Dice on held-out cases while fine-tuning goes on, and the model folders WORKDIR/best and WORKDIR/last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mambamim_jax.data.labelled import prepared
+from mambamim_jax.evaluate.labels import decide
+from mambamim_jax.evaluate.sliding_window import SlidingWindow
+from mambamim_jax.model_files import CONFIG, ModelFileError, save_model
+from mambamim_jax.settings_finetune import ValidationConfig
+from mambamim_jax.train.labelled_data import LabelledData
+from mambamim_jax.train.step import State
+from mambamim_jax.types import Array, NumpyArray, Size3, Tree
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Sliding-window prediction of whole held-out volumes, on the grid of the store.
+
+    Attributes:
+      data: what is held out. probabilities: (params, x (b, h, w, d, c)) → (b, h, w, d, classes).
+      crop: the window. settings: overlap, cases. every: steps between two measurements.
+      description: of the model, as ``model_files.save_model`` takes it.
+      workdir: where best and last are written. say: prints a line.
+    """
+
+    data: LabelledData
+    probabilities: Callable[[Tree, Array], Array]
+    crop: Size3
+    settings: ValidationConfig
+    every: int
+    description: Mapping[str, Any]
+    workdir: Path
+    say: Callable[[str], None]
+
+    def measure(self, step: int, state: State, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """{"mean_dice", "dice": {class: mean over the cases}, "cases": {id: Dice of each class}, "best": bool}.
+
+        A class that is neither in a case's label nor predicted there does not count (None); one that is missed, or
+        predicted where it is not, has Dice 0. ``mean_dice`` is the mean over the classes of the means over cases.
+        """
+        params = kept(state)
+        window = SlidingWindow(
+            self.probabilities, self.crop, overlap=self.settings.overlap, batch=self.settings.batch
+        )
+        names, store = self.data.table.foreground, self.data.held_out
+        count = min(self.settings.cases or len(store), len(store))
+        cases = {store.entries[n].id: self._dice(window, params, n) for n in range(count)}
+        by_class = {name: _mean([case[i] for case in cases.values()]) for i, name in enumerate(names)}
+        mean = _mean(list(by_class.values()))
+        best = max((row["mean_dice"] for row in earlier if row["mean_dice"] is not None), default=-1.0)
+        improved = mean is not None and mean > best
+        text = f"step {step}: held-out Dice {mean if mean is None else round(mean, 4)} over {count} cases"
+        self.say(f"{text}, {'the best so far' if improved else f'best {best:.4f}'}")
+        if improved:
+            self._save("best", step, params, mean)
+        return {"mean_dice": mean, "dice": by_class, "cases": cases, "best": improved}
+
+    def finish(self, step: int, state: State) -> None:
+        """Writes WORKDIR/last, unless it is there."""
+        try:
+            steps = json.loads((self.workdir / "last" / CONFIG).read_text())["training"]["steps"]
+        except (OSError, ValueError, KeyError):
+            steps = None
+        if steps != step:
+            self._save("last", step, kept(state), None)
+
+    def _dice(self, window: SlidingWindow, params: Tree, n: int) -> list[float | None]:
+        """Dice of each class, or region, in one case."""
+        store, table = self.data.held_out, self.data.table
+        image = prepared(np.asarray(store.image(n)[:]), store, self.data.normalisation)
+        label, axis = np.asarray(store.label(n)[:]), window.stream_axis(image.shape)
+        wanted = [region.labels for region in table.regions] or [(v,) for v in range(1, len(table.names))]
+        sums = np.zeros((3, len(wanted)), np.int64)  # in both, predicted, there
+        regions = [asdict(region) for region in table.regions] or None
+        for first, values in window.stream(image, [params]):
+            place = tuple(
+                slice(first, first + values.shape[axis]) if a == axis else slice(None) for a in range(3)
+            )
+            sums += overlaps(decide(values, regions), label[place], wanted)
+        both, found, there = sums
+        return [float(2 * b / (f + t)) if f + t else None for b, f, t in zip(both, found, there)]
+
+    def _save(self, name: str, step: int, params: Tree, dice: float | None) -> None:
+        results = {} if dice is None else {"held-out Dice": round(dice, 4)}
+        training = {**self.description.get("training", {}), "steps": step}
+        try:
+            save_model(
+                self.workdir / name,
+                {**self.description, "training": training, "results": results},
+                jax.tree.map(np.asarray, params),
+            )
+        except ModelFileError as error:  # such as a full disk: the run itself goes on
+            self.say(f"WARNING: {error}")
+
+
+def kept(state: State) -> Tree:
+    """The parameters that a model folder holds: averaged if there is an average, without heads of training alone."""
+    return without_heads(state["ema"] if "ema" in state else state["params"])
+
+
+def without_heads(params: Tree) -> Tree:
+    """Parameters without those of deep supervision."""
+    return {name: part for name, part in params.items() if name != "aux"}
+
+
+def overlaps(found: NumpyArray, label: NumpyArray, wanted: Sequence[Sequence[int]]) -> NumpyArray:
+    """Voxels in both, predicted and labelled, for each class: int64 (3, classes)."""
+    rows = []
+    for values in wanted:
+        a, b = np.isin(found, values), np.isin(label, values)
+        rows.append((np.count_nonzero(a & b), np.count_nonzero(a), np.count_nonzero(b)))
+    return np.array(rows, np.int64).T
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
