@@ -51,9 +51,6 @@ class VolumeConfig:
     source: str = ""
     """A store, or folders (nnU-Net raw, Decathlon JSON or plain NIfTI files) with commas between; or "phantoms"."""
     format: str = "auto"
-    weights: str = ""
-    """How often each source is drawn from, as NAME=NUMBER with commas between, NAME being its path or the last
-    part of it; empty: every volume equally often."""
     store: str = ""
     """Where prepared volumes are kept, to be shared between runs; empty means WORKDIR/store."""
     phantoms: int = 12
@@ -83,7 +80,6 @@ class VolumeConfig:
                 found = Path(source).expanduser()
                 usable = found.is_dir() or (found.is_file() and found.suffix == ".json")
                 _require(usable, f"{key}.source", source, "an existing folder or Decathlon .json", advice)
-        self.mixture(f"{key}.weights")
         _require(self.phantoms > 0, f"{key}.phantoms", self.phantoms, "at least 1")
         _require(min(self.spacing) > 0, f"{key}.spacing", self.spacing, "three positive lengths in mm")
         _require(
@@ -101,6 +97,27 @@ class VolumeConfig:
         """The parts of ``source``."""
         return [part.strip() for part in self.source.split(",") if part.strip()]
 
+    @property
+    def batch(self) -> int:
+        """Crops in a global batch."""
+        return self.crops_per_volume * self.volumes_per_batch
+
+
+@dataclass(frozen=True)
+class DataConfig(VolumeConfig):
+    """The data of pre-training."""
+
+    flip: tuple[float, float, float] = (0.2, 0.2, 0.1)
+    """Probability of a flip along each axis."""
+    weights: str = ""
+    """How often each source is drawn from, as NAME=NUMBER with commas between, NAME being its path or the last
+    part of it; empty: every volume equally often."""
+
+    def check(self, key: str) -> None:
+        super().check(key)
+        check_flip(self.flip, f"{key}.flip")
+        self.mixture(f"{key}.weights")
+
     def mixture(self, key: str = "data.weights") -> dict[str, float] | None:
         """``weights`` as a mapping, None where there are none.
 
@@ -115,23 +132,6 @@ class VolumeConfig:
                 name = ""
             _require(name.strip() != "", key, part, "NAME=NUMBER", "such as --config.data.weights=A=3,B=1")
         return weights or None
-
-    @property
-    def batch(self) -> int:
-        """Crops in a global batch."""
-        return self.crops_per_volume * self.volumes_per_batch
-
-
-@dataclass(frozen=True)
-class DataConfig(VolumeConfig):
-    """The data of pre-training."""
-
-    flip: tuple[float, float, float] = (0.2, 0.2, 0.1)
-    """Probability of a flip along each axis."""
-
-    def check(self, key: str) -> None:
-        super().check(key)
-        check_flip(self.flip, f"{key}.flip")
 
 
 def check_flip(flip: tuple[float, float, float], key: str) -> None:

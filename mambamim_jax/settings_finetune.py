@@ -46,6 +46,7 @@ class FinetuneDataConfig(VolumeConfig):
 
     def check(self, key: str) -> None:
         super().check(key)
+        require(len(self.sources) == 1, f"{key}.source", self.source, "one data set")
         one_of(f"{key}.normalisation", self.normalisation, ("auto", "window", "zscore"))
         require(0 <= self.positive <= 1, f"{key}.positive", self.positive, "a share in [0, 1]")
         ok = not self.splits or Path(self.splits).expanduser().is_file()
@@ -162,7 +163,7 @@ class FinetuneConfig(RunConfig):
         *RunConfig.harmless,
         *(
             f"data.{name}"
-            for name in ("source", "format", "store", "splits", "max_lost", "workers", "threads")
+            for name in ("source", "format", "store", "splits", "max_lost", "workers", "threads", "processes")
         ),
         "init",
         "init_partial",

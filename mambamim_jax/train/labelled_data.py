@@ -111,6 +111,7 @@ def make_loader(config: FinetuneConfig, data: LabelledData) -> LabelledLoader:
         volumes_per_batch=config.data.volumes_per_batch,
         seed=config.seed,
         threads=config.data.threads,
+        workers=config.data.processes,
     )
 
 

@@ -156,8 +156,8 @@ def make_step(
 
 def _average(ema: Tree, params: Tree, decay: float, step: Array) -> Tree:
     """The moving average after an update; ``step`` counts the updates before it."""
-    keep = jnp.minimum(decay, (1.0 + step) / (EMA_START + step))
-    return jax.tree.map(lambda old, new: keep * old + (1.0 - keep) * new, ema, params)
+    move = 1.0 - jnp.minimum(decay, (1.0 + step) / (EMA_START + step))
+    return jax.tree.map(lambda old, new: old + move * (new - old), ema, params)
 
 
 def _gradients(

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mambamim_jax.model.mask import Mask
-from mambamim_jax.train.losses import reconstruction_loss
+from mambamim_jax.train.losses import reconstruction_loss, segmentation_loss, targets_of
 
 P = 4
 
@@ -48,3 +48,56 @@ def test_loss_is_float32_whatever_comes_in():
     low = reconstruction.astype(jnp.bfloat16)
     mask = Mask.from_active(np.asarray(active))
     assert reconstruction_loss(low, image, mask) == reconstruction_loss(low.astype(jnp.float32), image, mask)
+
+
+def dice_by_hand(probability, target):
+    """Mean over classes of 1 - soft Dice, in float64 loops over crops."""
+    rows = []
+    for p, t in zip(probability.astype(np.float64), target):
+        for c in range(p.shape[-1]):
+            both, total = (p[..., c] * t[..., c]).sum(), p[..., c].sum() + t[..., c].sum()
+            rows.append(1 - (2 * both + 1e-5) / (total + 1e-5))
+    return np.mean(rows)
+
+
+def segmentation_sample(classes=3):
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(2, 4, 5, 6, classes)).astype(np.float32)
+    return logits, rng.integers(0, classes, (2, 4, 5, 6)).astype(np.uint8)
+
+
+def test_dice_and_cross_entropy_are_the_definition():
+    logits, label = segmentation_sample()
+    target = targets_of(label, 3)
+    np.testing.assert_array_equal(target, np.eye(3)[label])
+    exp = np.exp(logits.astype(np.float64))
+    p = exp / exp.sum(-1, keepdims=True)
+    entropy = -np.log(np.take_along_axis(p, label[..., None].astype(int), -1)).mean()
+    got = segmentation_loss(logits, target, dice=2.0, cross_entropy=3.0)
+    dice = dice_by_hand(p[..., 1:], np.eye(3)[label][..., 1:])
+    np.testing.assert_allclose(float(got), 2 * dice + 3 * entropy, rtol=1e-5)
+    everything = segmentation_loss(logits, target, background=True, cross_entropy=0.0)
+    np.testing.assert_allclose(float(everything), dice_by_hand(p, np.eye(3)[label]), rtol=1e-5)
+    whole = segmentation_loss(logits, target, batch=True, cross_entropy=0.0)
+    one = [a.reshape(1, -1, 1, 1, 3)[..., 1:] for a in (p, np.eye(3)[label])]
+    np.testing.assert_allclose(float(whole), dice_by_hand(*one), rtol=1e-5)
+
+
+def test_regions_are_sigmoids_of_their_own():
+    logits, label = segmentation_sample()
+    regions = ((1, 2), (2,), (1,))
+    target = targets_of(label, 3, regions)
+    expected = np.stack([np.isin(label, inside) for inside in regions], -1)
+    np.testing.assert_array_equal(target, expected)
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    entropy = -np.mean(np.where(expected, np.log(p), np.log(1 - p)))
+    got = segmentation_loss(logits, target, overlapping=True)
+    np.testing.assert_allclose(float(got), dice_by_hand(p, expected) + entropy, rtol=1e-5)
+
+
+def test_a_sure_and_right_prediction_costs_nothing_even_for_absent_classes():
+    label = np.zeros((1, 4, 4, 4), np.uint8)
+    label[0, :2] = 1
+    target = targets_of(label, 3)
+    assert float(segmentation_loss(60.0 * target - 30.0, target)) < 1e-4
+    assert float(segmentation_loss(30.0 - 60.0 * target, target)) > 1

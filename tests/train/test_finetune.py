@@ -1,0 +1,193 @@
+"""Fine-tuning: the whole run on phantoms, resumed bit for bit; what it starts from; bad input in one line."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import nibabel
+import numpy as np
+import pytest
+
+from mambamim_jax.data.phantom import write_phantoms
+from mambamim_jax.model_files import load_model
+from mambamim_jax.train.logs import read_rows
+from mambamim_jax.train.optim import paths
+from mambamim_jax.train.validation import HeldOut
+from mambamim_jax.train.weights import load_start
+from mambamim_jax.weight_files import read_arrays
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "model.encoder": "vision_mamba",
+    "model.vision_mamba.channels": "(4,4,4,6,6)",
+    "model.vision_mamba.mamba_depth": "4",
+    "model.vision_mamba.feature_depths": "(1,2,3,4)",
+    "model.vision_mamba.state": "4",
+    "model.deep_supervision": "true",
+    "data.crop": "(16,16,16)",
+    "data.spacing": "(12,12,12)",
+    "data.held_out": "0.3",
+    "data.workers": "1",
+    "steps": "4",
+    "ema": "0.9",
+    "layer_decay": "0.8",
+    "checkpoint.every": "2",
+    "validation.every": "2",
+    "validation.overlap": "0",
+    "log.panel_every": "10",
+}
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    source = importlib.util.spec_from_file_location("launch_finetune", ROOT / "launch" / "finetune.py")
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    return write_phantoms(tmp_path_factory.mktemp("data") / "Dataset900_Phantoms", count=3)
+
+
+def arguments(workdir, source, **changes):
+    keys = (
+        TINY | {"data.source": source} | {name.replace("__", "."): value for name, value in changes.items()}
+    )
+    flags = [f"--config.{name}={value}" for name, value in keys.items()]
+    return ["--config=configs/finetune.py:demo", f"--workdir={workdir}", *flags]
+
+
+class Killed(Exception):
+    """Stands for a death of the process."""
+
+
+@pytest.fixture(scope="module")
+def whole(finetune, phantoms, tmp_path_factory):
+    """A run, and the same one killed after its last step, before that is saved, and continued."""
+    before = jax.config.jax_compilation_cache_dir
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert finetune(arguments(workdir, phantoms)) == 0
+    killed, measure = workdir.with_name("killed"), HeldOut.measure
+    shutil.copytree(workdir / "compilation_cache", killed / "compilation_cache")
+
+    def die(self, step, state, earlier):
+        if step == 4:
+            raise Killed
+        return measure(self, step, state, earlier)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeldOut, "measure", die)
+        with pytest.raises(Killed):
+            finetune(arguments(killed, phantoms))
+    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["2"]
+    assert finetune(arguments(killed, phantoms)) == 0
+    yield workdir, killed
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_everything_is_left_in_the_workdir(whole):
+    workdir, _ = whole
+    rows = read_rows(workdir / "validation.jsonl")
+    assert [row["step"] for row in rows] == [2, 4]
+    assert len(rows[0]["cases"]) == 1
+    assert set(rows[0]["dice"]) >= {"liver", "spleen", "aorta"}
+    assert rows[0]["best"]
+    best, last = load_model(workdir / "best"), load_model(workdir / "last")
+    assert last.description["training"]["steps"] == 4
+    assert best.description["training"]["steps"] == max(row["step"] for row in rows if row["best"])
+    assert best.description["labels"]["2"] == "liver"
+    assert best.description["normalisation"] == [{"kind": "window", "low": -175.0, "high": 250.0}]
+    assert "aux" not in best.params
+    assert len(list((workdir / "panels").iterdir())) == 1
+
+
+def test_the_model_folder_holds_the_average(whole):
+    workdir, _ = whole
+    saved = {n.removeprefix("params/"): a for n, a in read_arrays(workdir).items() if n.startswith("params/")}
+    last = paths(load_model(workdir / "last").params)
+    assert set(saved) - set(last) == {f"aux/{n}/{part}" for n in (0, 1) for part in ("kernel", "bias")}
+    assert any((last[name] != saved[name]).any() for name in last)
+    np.testing.assert_array_equal(last["encoder/mamba/mask_token"], saved["encoder/mamba/mask_token"])
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(whole):
+    workdir, killed = whole
+    losses = [[row["loss"] for row in read_rows(folder / "metrics.jsonl")] for folder in whole]
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1]
+    assert (workdir / "validation.jsonl").read_bytes() == (killed / "validation.jsonl").read_bytes()
+    for name in ("best", "last"):
+        weights = [(folder / name / "model.safetensors").read_bytes() for folder in whole]
+        assert weights[0] == weights[1]
+
+
+def test_another_run_can_start_from_its_model(whole):
+    """All of it but the heads of deep supervision."""
+    best = paths(load_model(whole[0] / "best").params)
+    heads = {f"aux/0/{name}": (6, 13) for name in ("kernel", "bias")}
+    loaded, report = load_start(whole[0], {name: leaf.shape for name, leaf in best.items()} | heads)
+    assert report.new == list(heads)
+    assert loaded.keys() == best.keys()
+    assert all((loaded[name] == best[name]).all() for name in best)
+
+
+# --- what is wrong, in one line, before any training
+
+
+def spoilt(phantoms, folder, how):
+    shutil.copytree(phantoms, folder)
+    label = sorted((folder / "labelsTr").iterdir())[0]
+    image, path = nibabel.load(label), folder / "dataset.json"
+    table, voxels = json.loads(path.read_text()), np.asarray(image.dataobj)
+    if how == "label value":
+        voxels[0, 0, 0] = 13
+        nibabel.save(nibabel.Nifti1Image(voxels, image.affine, image.header), label)
+    elif how == "label grid":
+        nibabel.save(nibabel.Nifti1Image(voxels[1:], image.affine, image.header), label)
+    elif how == "split":
+        splits = [{"train": ["phantom_000", "phantom_007"], "val": ["phantom_001"]}]
+        (folder / "splits_final.json").write_text(json.dumps(splits))
+    elif how == "channels":
+        path.write_text(json.dumps(table | {"channel_names": {"0": "CT", "1": "CT late"}}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("label value", "case 'phantom_000': label value 13, dataset.json knows 0 to 12"),
+        ("label grid", "phantom_000.nii.gz: grid"),
+        ("split", "fold 0 names 1 cases without an image and a label, first 'phantom_007'"),
+        ("channels", "case 'phantom_000': 1 channels, expected 2 (CT, CT late; dataset.json)"),
+        ("names", "config.data.labels: found liver; expected the labels of the data set, lung,"),
+        ("init", "does not fit: "),
+        (
+            "freeze",
+            "config.freeze: no part 'encode'; expected a path that begins with one of aux, classify, ",
+        ),
+        ("source", "config.data.source: found a store at"),
+        ("several", "expected one data set"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_line(finetune, whole, phantoms, tmp_path, capsys, how, says):
+    source, changes = spoilt(phantoms, tmp_path / "data", how), {}
+    if how == "names":
+        changes["data__labels"] = "('liver',)"
+    elif how == "init":
+        changes = {"init": whole[0] / "best", "model__vision_mamba__channels": "(4,4,6,6,6)"}
+    elif how == "freeze":
+        changes["freeze"] = "('encode',)"
+    elif how == "source":
+        source = whole[0] / "store"
+    elif how == "several":
+        source = f"{source},{phantoms}"
+    assert finetune(arguments(tmp_path / "run", source, **changes)) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    assert says in printed
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
