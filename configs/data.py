@@ -11,7 +11,7 @@ def get_config(preset: str = "fast") -> ConfigDict:
 
         python launch/preprocess.py --config=configs/data.py --source=FOLDER[,FOLDER…] --store=STORE
 
-    compact: Blosc2 files (pip install blosc2), a fifth to a third of the size, for everything larger.
+    compact: Blosc2 files (pip install blosc2), about half of the size, for everything larger.
 
         python launch/preprocess.py --config=configs/data.py:compact --source=FOLDER --store=STORE
 

@@ -21,7 +21,7 @@ class PreprocessConfig:
     window: tuple[float, float] = (-175.0, 250.0)
     """HU; what lies above the low end is foreground. All HU are kept, so training may use another window."""
     encoding: str = "npy"
-    """npy: fastest while the set fits the memory. blosc2: a fifth to a third of the bytes, for large sets."""
+    """npy: fastest while the set fits the memory. blosc2: about half of the bytes, for sets that do not."""
     max_lost: float = 0.1
     """Stop with an error where more than this share of the volumes can't be used."""
     workers: int = 0

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mambamim_jax.bench import profile, step, toki
+from mambamim_jax.bench import loader, profile, step, toki
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.settings import ConfigError
+from tests.data import ct_files
 
 HLO = """
 %cudnn.3 = (f32[2,6]{1,0}, u8[0]{0}) custom-call(%a), custom_call_target="conv", metadata={op_name="jit(f)/conv"}
@@ -105,3 +106,15 @@ def test_step_checks_its_arguments_before_any_work(capsys):
     assert sizes["size"] == 96
     with pytest.raises(ConfigError, match="no such key"):
         step.settings(["--config.model.width=3"])
+
+
+@pytest.mark.slow
+def test_loader_reads_every_encoding_warm_and_cold(tmp_path, capsys):
+    source = ct_files.dataset(tmp_path / "source", 3)
+    options = [f"--source={source}", "--volumes=2", "--crop=16", "--batches=2", "--steps=1", "--cold"]
+    assert loader.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "2 volumes: npy" in printed
+    assert all(f"| {encoding} int16, cold" in printed for encoding in ("npy", "blosc2"))
+    assert loader.main([f"--source={tmp_path / 'nowhere'}"]) == 2
+    assert "no such file or folder" in capsys.readouterr().err

@@ -1,7 +1,8 @@
 """Two or more sides measured alternately in one run, each in a process of its own.
 
 A side is a factory ``module:function`` with keyword arguments that JSON can hold; it returns a callable that
-does one step and returns a number, and may have ``facts()``, asked for after the last step. Each process
+does one step and returns a number, and may have ``prepare()``, called untimed before each step, and
+``facts()``, asked for after the last step. Each process
 stays alive and steps only when told to, so the sides never compete for cores, drifts of the machine hit both
 alike, and each peak of memory belongs to one side.
 """
@@ -34,6 +35,7 @@ class Side:
     arguments: Mapping[str, Any]
     threads: int = 0
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     value: float = float("nan")
     peak_bytes: int = 0
     build_seconds: float = 0.0
@@ -68,12 +70,12 @@ class Side:
             raise SideError(f"{self.name}: {reply['error']}")
         return reply
 
-    def step(self) -> float:
-        """Does one step and returns its seconds."""
+    def step(self) -> tuple[float, float]:
+        """Does one step and returns its seconds: on the clock, and of all its process's threads on a CPU."""
         reply = self.ask("step")
         self.value, self.peak_bytes = reply["value"], reply["peak_bytes"]
         self.build_seconds = reply["build_seconds"]
-        return reply["seconds"]
+        return reply["seconds"], reply["cpu_seconds"]
 
     def stop(self) -> None:
         for stream in (self.process.stdin, self.process.stdout):
@@ -89,6 +91,11 @@ class Side:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    @property
+    def cpu_median(self) -> float:
+        """Like ``median``, of the time on a CPU, which other work on the machine lengthens less."""
+        return statistics.median(self.cpu_seconds)
+
 
 def measure(sides: Sequence[Side], *, steps: int, warm_up: int = 1) -> None:
     """Steps every side in turn, ``warm_up`` rounds unmeasured and then ``steps`` rounds measured.
@@ -100,9 +107,10 @@ def measure(sides: Sequence[Side], *, steps: int, warm_up: int = 1) -> None:
     try:
         for number in range(warm_up + steps):
             for side in sides:
-                seconds = side.step()
+                seconds, cpu_seconds = side.step()
                 if number >= warm_up:
                     side.seconds.append(seconds)
+                    side.cpu_seconds.append(cpu_seconds)
         for side in sides:
             side.facts = side.ask("facts")
     finally:
@@ -146,8 +154,11 @@ def _serve(factory: str, threads: int, arguments: Mapping[str, Any]) -> int:
             if line.strip() == "facts":
                 reply = step.facts() if hasattr(step, "facts") else {}
             else:
-                started = time.perf_counter()
+                if hasattr(step, "prepare"):
+                    step.prepare()
+                started, spent = time.perf_counter(), time.process_time()
                 reply = {"value": step(), "seconds": time.perf_counter() - started}
+                reply |= {"cpu_seconds": time.process_time() - spent}
                 reply |= {"peak_bytes": peak_bytes(), "build_seconds": built}
         except Exception as error:
             text = next(iter(str(error).splitlines()), "")

@@ -1,6 +1,6 @@
 """``launch/bench.py loader``: crops per second from a store through the whole loader, warm and cold.
 
-python launch/bench.py loader [--source=FOLDER] [--crop=96] [--monai] [--cold] [--steps=5]
+python launch/bench.py loader [--source=FOLDER[,FOLDER…]] [--volumes=12] [--monai] [--cold] [--steps=5]
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ HERE = "mambamim_jax.bench.loader"
 
 
 class Reading:
-    """Reads ``batches`` batches a step; each step goes on where the last ended, with nothing read ahead."""
+    """Reads ``batches`` batches a step; each step goes on where the last ended, with nothing read ahead.
+
+    With ``cold`` a step is one epoch, so that every volume is read for the first time since the page cache
+    was emptied.
+    """
 
     def __init__(
         self,
@@ -39,21 +43,31 @@ class Reading:
         self._loader = PretrainLoader(
             open_store(store), crop=(crop,) * 3, threads=threads, workers=workers, dtype=dtype
         )
-        self._batches, self._cold = batches, cold
+        self._batches, self._cold = self._loader.batches_per_epoch if cold else batches, cold
         self._examples = 0
-        self._iterator = iter(self._loader)
-        if workers:  # start the processes; what they read ahead is small beside a step
-            next(self._iterator)
+        self._iterator: Any = None
 
-    def __call__(self) -> float:
+    def prepare(self) -> None:
+        """Not timed: empty the page cache, start the threads or processes, use up what they read ahead."""
+        self._iterator = None
         if self._cold:
             forget(self._loader.store.folder)
-        if not self._loader.workers:
-            self._iterator = iter(self._loader)
-            self._iterator.set_state(self._iterator.get_state() | {"examples": self._examples})
-        crops = sum(len(next(self._iterator)["image"]) for _ in range(self._batches))
-        self._examples += self._batches * self._loader.volumes_per_batch
-        return float(crops)
+        self._iterator = iter(self._loader)
+        self._iterator.set_state(self._iterator.get_state() | {"examples": self._examples})
+        if self._loader.workers:
+            for _ in range(4 * self._loader.workers):
+                self._read()
+
+    def __call__(self) -> float:
+        return float(sum(self._read() for _ in range(self._batches)))
+
+    def _read(self) -> int:
+        self._examples += self._loader.volumes_per_batch
+        return len(next(self._iterator)["image"])
+
+    def facts(self) -> dict[str, Any]:
+        """Whether the time on a CPU is all of it."""
+        return {"cpu": not self._loader.workers}
 
 
 def copying(crop: int, dtype: str) -> Callable[[], float]:
@@ -86,20 +100,21 @@ def forget(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 0, or 2 where a side cannot run."""
     parser = argparse.ArgumentParser(prog="bench.py loader", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--source", help="a data set; phantoms if not given")
+    parser.add_argument("--source", help="data sets, commas between; phantoms if not given")
+    parser.add_argument("--volumes", type=int, default=0, help="as many of them, spread evenly; 0 for all")
     parser.add_argument("--crop", type=int, default=96)
     parser.add_argument("--batches", type=int, default=40, help="batches of 16 crops in a step")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--cold", action="store_true", help="also with the page cache emptied before each step"
+        "--cold", action="store_true", help="also one epoch a step with the page cache emptied before"
     )
     parser.add_argument("--monai", action="store_true", help="also MONAI's chain (needs MONAI and PyTorch)")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            stores, source, note = _stores(options, Path(folder))
-            sides = _sides(options, stores, source, folder)
+            stores, images, note = _stores(options, Path(folder))
+            sides = _sides(options, stores, images, folder)
             measure(sides, steps=options.steps)
         except (SideError, ValueError, RuntimeError) as error:
             print(error, file=sys.stderr)
@@ -109,21 +124,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     for side in sides:
         rate = side.value / side.median
         kind = "float32" if "float32" in side.name or "MONAI" in side.name else "int16"
-        share = rate / limit[f"copy {kind}, one core"]
-        rows.append([side.name, f"{rate:.0f}", f"{share:.2f}", f"{side.peak_bytes / 2**20:.0f}"])
+        row = [side.name, f"{rate:.0f}", f"{rate / limit[f'copy {kind}, one core']:.2f}"]
+        whole = side.facts.get("cpu", True)
+        row += [
+            f"{1e3 * side.cpu_median / side.value:.2f}" if whole else "",
+            f"{side.peak_bytes / 2**20:.0f}",
+        ]
+        rows.append(row)
     title = f"Loader: {options.crop}³ crops, {options.threads} threads{note}"
-    print_table(title, ["", "crops/s", "of one core's copying", "peak MiB"], rows)
+    print_table(title, ["", "crops/s", "of one core's copying", "CPU ms a crop", "peak MiB"], rows)
     return 0
 
 
-def _stores(options: argparse.Namespace, folder: Path) -> tuple[dict[str, str], str, str]:
-    """Prepare the source in each encoding there is; where they are, the source, and a line about their
-    size.
+def _stores(options: argparse.Namespace, folder: Path) -> tuple[dict[str, str], list[str], str]:
+    """Prepare the cases in each encoding there is; where the stores are, the images in them, and a line about
+    their size.
     """
     from mambamim_jax.data import arrays, datasets, store
     from mambamim_jax.data.phantom import write_phantoms
 
-    source = options.source or str(write_phantoms(folder / "phantoms", count=12))
+    sources = options.source or str(write_phantoms(folder / "phantoms", count=12))
+    cases = [case for source in sources.split(",") for case in datasets.discover(source)]
+    if options.volumes:
+        cases = [cases[n * len(cases) // options.volumes] for n in range(options.volumes)]
     stores, sizes = {}, []
     for encoding in arrays.ENCODINGS:
         try:
@@ -132,17 +155,18 @@ def _stores(options: argparse.Namespace, folder: Path) -> tuple[dict[str, str], 
             print(error, file=sys.stderr)
             continue
         start = time.perf_counter()
-        made = store.prepare(datasets.discover(source), folder / encoding, encoding=encoding, max_lost=0.9)
+        made = store.prepare(cases, folder / encoding, encoding=encoding, max_lost=0.9)
         bytes_ = sum(p.stat().st_size for p in made.folder.rglob("image.*"))
         voxels = sum(int(a * b * c) for a, b, c in (entry.shape for entry in made.entries))
         took = (time.perf_counter() - start) / len(made)
         size = f"{bytes_ / len(made) / 2**20:.1f} MiB a volume, {bytes_ / voxels:.2f} bytes a voxel"
         sizes.append(f"{encoding} {size}, {took:.2f} s")
         stores[encoding] = str(made.folder)
-    return stores, source, f"; {len(made)} volumes: {'; '.join(sizes)}"
+    images = [line["image"] for line in made.report if line["status"] == "used"]
+    return stores, images, f"; {len(made)} volumes: {'; '.join(sizes)}"
 
 
-def _sides(options: argparse.Namespace, stores: dict[str, str], source: str, folder: str) -> list[Side]:
+def _sides(options: argparse.Namespace, stores: dict[str, str], images: list[str], folder: str) -> list[Side]:
     sides = [
         Side(f"copy {kind}, one core", f"{HERE}:copying", {"crop": options.crop, "dtype": kind})
         for kind in ("int16", "float32")
@@ -152,20 +176,16 @@ def _sides(options: argparse.Namespace, stores: dict[str, str], source: str, fol
         for dtype in ("int16", "float32"):
             arguments = shared | {"store": path, "dtype": dtype}
             sides.append(Side(f"{encoding} {dtype}, warm", f"{HERE}:Reading", arguments))
+        arguments = shared | {"store": path, "dtype": "int16"}
         if encoding == "blosc2":
-            arguments = shared | {"store": path, "dtype": "int16", "workers": 2}
-            sides.append(Side("blosc2 int16, 2 processes, warm", f"{HERE}:Reading", arguments))
+            sides.append(
+                Side("blosc2 int16, 2 processes, warm", f"{HERE}:Reading", arguments | {"workers": 2})
+            )
         if options.cold:
-            arguments = shared | {
-                "store": path,
-                "dtype": "int16",
-                "cold": True,
-                "batches": options.batches // 4,
-            }
-            sides.append(Side(f"{encoding} int16, cold", f"{HERE}:Reading", arguments))
+            sides.append(Side(f"{encoding} int16, cold", f"{HERE}:Reading", arguments | {"cold": True}))
     if options.monai:
         for mode, volumes in (("plain", 2), ("persistent", 12), ("memory", 12)):
-            arguments = {"source": source, "mode": mode, "crop": options.crop, "volumes": volumes}
+            arguments = {"images": images, "mode": mode, "crop": options.crop, "volumes": volumes}
             arguments |= {"cache": f"{folder}/monai", "threads": options.threads}
             sides.append(Side(f"MONAI, {mode}", "mambamim_jax.bench.monai_chain:loader", arguments))
     return sides

@@ -8,8 +8,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from mambamim_jax.data import datasets
-
 SPACING, WINDOW = (1.5, 1.5, 1.5), (-175.0, 250.0)
 
 
@@ -28,12 +26,12 @@ def fixed(spacing: tuple[float, ...] = SPACING, window: tuple[float, float] = WI
 
 
 def loader(
-    source: str, mode: str, crop: int, volumes: int, cache: str = "", threads: int = 0
+    images: list[str], mode: str, crop: int, volumes: int, cache: str = "", threads: int = 0
 ) -> Callable[[], float]:
     """A callable that reads ``volumes`` items of four crops and returns the number of crops.
 
     Args:
-        mode: ``plain``, ``persistent`` (its disk cache, in ``cache``) or ``memory``. threads: PyTorch's.
+        images: files. mode: ``plain``, ``persistent`` (its disk cache, in ``cache``) or ``memory``. threads: PyTorch's.
     """
     import monai.data
     import torch
@@ -49,7 +47,7 @@ def loader(
         *(t.RandFlipd("image", prob=p, spatial_axis=axis) for axis, p in enumerate((0.2, 0.2, 0.1))),
     ]
     chain = t.Compose([*fixed(), *random])
-    files = [{"image": str(case.images[0])} for case in datasets.discover(source)]
+    files = [{"image": image} for image in images]
     if mode == "persistent":
         data: Any = monai.data.PersistentDataset(files, chain, cache_dir=cache)
     elif mode == "memory":
