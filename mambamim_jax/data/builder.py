@@ -39,11 +39,11 @@ def check_spec(folder: Path, spec: dict[str, Any]) -> None:
         found = json.loads(path.read_bytes())
     except json.JSONDecodeError:
         raise StoreError(f"{path}: not readable as JSON; delete this store and preprocess again") from None
-    wrong = [key for key in spec if found.get(key) != spec[key]]
+    wrong = [key for key in {**spec, **found} if found.get(key) != spec.get(key)]
     if wrong:
         key = wrong[0]
         raise StoreError(
-            f"{folder}: made with {key} {found.get(key)}, asked for {spec[key]}; use another store folder"
+            f"{folder}: made with {key} {found.get(key)}, asked for {spec.get(key)}; use another store folder"
         )
     for name in ("volumes", "cases"):
         (folder / name).mkdir(exist_ok=True)
@@ -84,6 +84,7 @@ def bring_up_to_date(
                 "spacing": spec["spacing"],
                 "window": spec["window"],
                 "encoding": spec["encoding"],
+                "intensity": spec.get("intensity", "hu"),
             }
     if progress and records:
         progress(len(records), len(cases), "")

@@ -3,7 +3,8 @@ write at once.
 
 A volume's folder holds:
 
-    image       int16 (h, w, d), HU before any window       label    uint8 or uint16 (h, w, d), if there is
+    image       int16 (h, w, d), HU before any window; or float16 (h, w, d, c), z-scores of each channel
+    label       uint8 or uint16 (h, w, d), if there is
     one index.npy   uint16, see ``crop.block_counts``           meta.json    geometry, box, statistics,
     digests
 
@@ -23,6 +24,7 @@ import nibabel
 import numpy as np
 
 from mambamim_jax.data import arrays, crop, nifti, volume
+from mambamim_jax.data.intensity import normalise
 from mambamim_jax.data.volume import Volume, VolumeError
 from mambamim_jax.types import NumpyArray
 
@@ -38,7 +40,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: ``store`` (folder), ``record`` (file of the record), ``id``, ``source``, ``images``, ``label``
-            (or None), ``spacing`` (mm) and ``window`` (HU).
+            (or None), ``spacing`` (mm), ``window`` (HU) and ``intensity``: "hu" (left out) or "zscore".
 
     Raises:
         OSError: the store can't be written; nothing half-written is left.
@@ -77,31 +79,80 @@ def stamp(paths: list[str]) -> list[list[int] | None]:
 
 
 def _preprocess(job: dict[str, Any]) -> dict[str, Any]:
-    if len(job["images"]) != 1:
+    normalised = job.get("intensity", "hu") != "hu"
+    if len(job["images"]) != 1 and not normalised:
         raise VolumeError("several_channels", job["images"][0], f"{len(job['images'])} channels, CT has one")
-    low = job["window"][0]
-    content, digest = _read(job["images"][0])
+    contents = [_read(path) for path in job["images"]]
+    digest = contents[0][1] if len(contents) == 1 else _digest_of("".join(digest for _, digest in contents))
     label_content, label_digest = _read(job["label"]) if job["label"] else (None, "")
-    key = hashlib.sha256(f"{digest}{label_digest}".encode()).hexdigest()[:16]
+    key = _digest_of(f"{digest}{label_digest}")[:16]
     folder = Path(job["store"]) / "volumes" / f"{_plain(job['id'])}-{key}"
     if not (folder / "meta.json").is_file():
-        image = nifti.read(job["images"][0], low=low, content=content)
-        del content
-        label, refusal = _label(job, label_content, image)
-        spacing = tuple(job["spacing"])
-        hu = volume.resample(image, spacing, dtype=np.int16)
-        box = volume.foreground_box(hu.voxels, low)
-        if box is None:
-            raise VolumeError("air_only", job["images"][0], f"nothing above {low:g} HU after resampling")
-        meta = _describe(image, hu, box, low, digest) | {"label": refusal or ("ok" if label else "none")}
-        parts = {"image": hu.voxels, "index": crop.block_counts(hu.voxels, low)}
-        del image
-        if label is not None:
-            parts["label"] = _resample_label(label, spacing)
-            meta["label_values"] = np.unique(label.voxels).astype(int).tolist()
-        _write_folder(folder, parts, meta, job["encoding"])
+        parts, meta = (_channels if normalised else _ct)(
+            job, [content for content, _ in contents], label_content
+        )
+        del contents
+        _write_folder(folder, parts, meta | {"content": digest}, job["encoding"])
     meta = json.loads((folder / "meta.json").read_bytes())
     return {"volume": folder.name, "label_status": meta["label"]}
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+Parts = tuple[dict[str, NumpyArray], dict[str, Any]]
+
+
+def _ct(job: dict[str, Any], contents: list[bytes], label_content: bytes | None) -> Parts:
+    """One channel of HU, kept as it is: arrays to write, and what meta.json says."""
+    low, spacing = job["window"][0], tuple(job["spacing"])
+    image = nifti.read(job["images"][0], low=low, content=contents.pop())
+    label, refusal = _label(job, label_content, image)
+    hu = volume.resample(image, spacing, dtype=np.int16)
+    box = volume.foreground_box(hu.voxels, low)
+    if box is None:
+        raise VolumeError("air_only", job["images"][0], f"nothing above {low:g} HU after resampling")
+    meta = _describe(image, hu, box, low)
+    parts = {"image": hu.voxels, "index": crop.block_counts(hu.voxels, low)}
+    return _with_label(parts, meta, label, refusal, spacing)
+
+
+def _channels(job: dict[str, Any], contents: list[bytes], label_content: bytes | None) -> Parts:
+    """Channels without a scale of their own (MRI): z-scores of each over its non-zero voxels, float16 (h, w, d, c).
+
+    Foreground is where any channel is not zero.
+    """
+    spacing = tuple(job["spacing"])
+    images = [nifti.read(path, hu=False, content=c) for path, c in zip(job["images"], contents)]
+    label, refusal = _label(job, label_content, images[0])
+    resampled = [volume.resample(image, spacing, outside=0.0) for image in images]
+    for image, other, path in zip(images, resampled, job["images"]):
+        if other.voxels.shape != resampled[0].voxels.shape or not volume.same_grid(images[0], image):
+            raise VolumeError("channel_grid", path, f"not on the grid of {Path(job['images'][0]).name}")
+    raw = np.stack([r.voxels for r in resampled], axis=-1)
+    inside = (raw != 0).any(axis=-1).view(np.uint8)
+    box = volume.foreground_box(inside, 0)
+    if box is None:
+        raise VolumeError("air_only", job["images"][0], "all voxels are 0")
+    voxels = normalise(raw, [{"kind": "zscore"}] * raw.shape[-1]).astype(np.float16)
+    parts = {"image": voxels, "index": crop.block_counts(inside, 0)}
+    meta = _describe(images[0], resampled[0], box, 0.0) | {"voxels": _digest(voxels)}
+    return _with_label(parts, meta, label, refusal, spacing)
+
+
+def _with_label(
+    parts: dict[str, NumpyArray],
+    meta: dict[str, Any],
+    label: Volume | None,
+    refusal: str | None,
+    spacing: Any,
+) -> Parts:
+    meta |= {"label": refusal or ("ok" if label else "none")}
+    if label is not None:
+        parts |= {"label": _resample_label(label, spacing)}
+        meta |= {"label_values": np.unique(label.voxels).astype(int).tolist()}
+    return parts, meta
 
 
 def _read(path: str) -> tuple[bytes, str]:
@@ -133,7 +184,7 @@ def _resample_label(label: Volume, spacing: tuple[float, ...]) -> NumpyArray:
     return voxels.astype(np.uint8) if voxels.max(initial=0) < 256 else voxels
 
 
-def _describe(image: Volume, hu: Volume, box: NumpyArray, low: float, digest: str) -> dict[str, Any]:
+def _describe(image: Volume, hu: Volume, box: NumpyArray, low: float) -> dict[str, Any]:
     """Geometry before and after, foreground and intensities, of a subsample of every third voxel per
     axis.
     """
@@ -158,7 +209,6 @@ def _describe(image: Volume, hu: Volume, box: NumpyArray, low: float, digest: st
             "body_std": round(float(body.std()), 3) if len(body) else None,
         },
         "histogram": np.bincount(bins, minlength=(last - first) // width).tolist(),
-        "content": digest,
         "voxels": _digest(hu.voxels),
     }
 

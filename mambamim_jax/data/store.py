@@ -108,7 +108,7 @@ class Store:
         return "\n".join(lines)
 
     def image(self, n: int) -> NumpyArray:
-        """HU of volume ``n``, int16 (h, w, d); slice it to read."""
+        """HU of volume ``n``, int16 (h, w, d), or z-scores, float16 (h, w, d, c); slice it to read."""
         return arrays.open_array(self.path(n, "image"))
 
     def label(self, n: int) -> NumpyArray:
@@ -122,9 +122,10 @@ class Store:
     def foreground(self, n: int, low: float) -> tuple[NumpyArray, NumpyArray]:
         """Box int64 (2, 3) and ``crop.block_counts`` of what lies above ``low`` HU in volume ``n``.
 
-        Both come from disk for the store's own window, and are computed once (and kept) for another.
+        Both come from disk for the store's own window, and are computed once (and kept) for another. In a store
+        of z-scores foreground is what is not zero, whatever ``low``.
         """
-        if low == self.spec["window"][0]:
+        if self.normalised or low == self.spec["window"][0]:
             return np.array(self.entries[n].box, np.int64), arrays.open_array(self.path(n, "index"))
         return _foreground(self.path(n, "image"), low)
 
@@ -154,6 +155,7 @@ def prepare(
     spacing: Spacing = (1.5, 1.5, 1.5),
     window: tuple[float, float] = (-175.0, 250.0),
     encoding: str = "npy",
+    intensity: str = "hu",
     report_path: str | Path | None = None,
     max_lost: float = 0.1,
     workers: int | None = None,
@@ -168,7 +170,8 @@ def prepare(
     Args:
         cases: from ``datasets.discover``. folder: the store, made if missing. spacing: mm along R, A, S.
         window: HU; what lies above its low end is foreground (the store itself keeps all HU).
-        encoding: ``npy`` (fast) or ``blosc2`` (compact), see ``arrays``.
+        encoding: ``npy`` (fast) or ``blosc2`` (compact), see ``arrays``. intensity: ``hu``, one channel kept
+            as it is; or ``zscore``, any channels, normalised over their non-zero voxels.
         report_path: write one JSON line per case here. max_lost: largest share of cases that may be refused.
         workers: processes; None for one per core and at most eight. progress: called with (done, total, case
             id).
@@ -188,6 +191,7 @@ def prepare(
         "window": list(map(float, window)),
     }
     spec["encoding"] = encoding
+    spec |= {"intensity": intensity} if intensity != "hu" else {}
     try:
         with builder.locked(folder):
             builder.check_spec(folder, spec)

@@ -46,6 +46,7 @@ REASONS = {
     "not_labels": "label values that are not whole numbers from 0 to 65535",
     "label_grid": "label and image lie on different grids",
     "several_channels": "more than one image channel",
+    "channel_grid": "channels of one case lie on different grids",
     "duplicate": "the same voxels as another case",
     "worker_died": "the worker process ended while it held this volume",
 }

@@ -70,6 +70,7 @@ def prepare_labelled(
       DatasetError, DataLossError, StoreError: one line on what is wrong.
     """
     data, source = config.data, find_source(config, workdir)
+    normalisation = rules(table, data)
     cases = {case.id: case for case in datasets.discover(source, data.format) if case.label is not None}
     split = find_split(sorted(cases), source, data)
     chosen = [cases[name] for name in (*split.train, *split.held_out)]
@@ -83,6 +84,7 @@ def prepare_labelled(
             Path(data.store).expanduser() if data.store else workdir / "store",
             spacing=data.spacing,
             window=data.window,
+            intensity="hu" if normalisation[0]["kind"] == "window" else "zscore",
             report_path=workdir / "data_report.jsonl",
             max_lost=data.max_lost,
             workers=data.workers or None,
@@ -95,7 +97,7 @@ def prepare_labelled(
     if not all(sides):
         raise DatasetError(f"{source}: no usable case left on one side of the split; see data_report.jsonl")
     terminal.say(f"{len(sides[0])} cases train, {len(sides[1])} are held out")
-    return LabelledData(table, rules(table, data), prepared.select(sides[0]), prepared.select(sides[1]))
+    return LabelledData(table, normalisation, prepared.select(sides[0]), prepared.select(sides[1]))
 
 
 def make_loader(config: FinetuneConfig, data: LabelledData) -> LabelledLoader:
@@ -135,6 +137,11 @@ def rules(table: LabelTable, data: FinetuneDataConfig) -> tuple[dict[str, Any], 
     if len(set(kinds)) > 1:
         channels = ", ".join(table.channels)
         raise DatasetError(f"channels {channels}: CT beside others; set config.data.normalisation for all")
+    if kinds[0] == "window" and len(kinds) > 1:
+        channels = ", ".join(table.channels)
+        raise DatasetError(
+            f"channels {channels}: CT has one; set config.data.normalisation=zscore for several"
+        )
     low, high = data.window
     return tuple(
         {"kind": "window", "low": low, "high": high} if kind == "window" else {"kind": kind} for kind in kinds

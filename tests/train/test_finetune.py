@@ -152,7 +152,7 @@ def spoilt(phantoms, folder, how):
         splits = [{"train": ["phantom_000", "phantom_007"], "val": ["phantom_001"]}]
         (folder / "splits_final.json").write_text(json.dumps(splits))
     elif how == "channels":
-        path.write_text(json.dumps(table | {"channel_names": {"0": "CT", "1": "CT late"}}))
+        path.write_text(json.dumps(table | {"channel_names": {"0": "T1", "1": "T2"}}))
     return folder
 
 
@@ -162,7 +162,7 @@ def spoilt(phantoms, folder, how):
         ("label value", "case 'phantom_000': label value 13, dataset.json knows 0 to 12"),
         ("label grid", "phantom_000.nii.gz: grid"),
         ("split", "fold 0 names 1 cases without an image and a label, first 'phantom_007'"),
-        ("channels", "case 'phantom_000': 1 channels, expected 2 (CT, CT late; dataset.json)"),
+        ("channels", "case 'phantom_000': 1 channels, expected 2 (T1, T2; dataset.json)"),
         ("names", "config.data.labels: found liver; expected the labels of the data set, lung,"),
         ("init", "does not fit: "),
         (
