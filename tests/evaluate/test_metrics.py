@@ -134,7 +134,7 @@ STORED = [
 ]
 
 
-@pytest.mark.parametrize(("case", "stored"), zip(CASES, STORED))
+@pytest.mark.parametrize(("case", "stored"), list(zip(CASES, STORED)))
 def test_agree_with_what_monai_said(case, stored):
     seed, spacing = case
     np.testing.assert_allclose(values(score(*blobs(seed), np.diag(spacing), 2.0)), stored, rtol=1e-5)
