@@ -16,6 +16,8 @@ def get_config(preset: str = "hymamba_b") -> ConfigDict:
         python launch/pretrain.py --config=configs/pretrain.py:openkbp --workdir=runs/openkbp \\
             --config.data.source=FOLDER
 
+    openkbp_cpu: the same at a size for two CPU cores, in 32³ crops of 4 mm voxels.
+
     hymamba_b: the paper's recipe: 96³ crops, 16 a batch, 100 epochs (6,814 CT volumes in the paper); one GPU.
     Add --config.model.dtype=bfloat16 for mixed precision, --config.optim.accumulate=4 for less memory.
 
@@ -34,6 +36,13 @@ def get_config(preset: str = "hymamba_b") -> ConfigDict:
         _small(config)
         config.optim.learning_rate, config.optim.warmup = 2e-3, 0.1
         config.log.panel_every = config.checkpoint.every = 50
+    elif preset == "openkbp_cpu":
+        config.data.crop, config.data.spacing = (32, 32, 32), (4.0, 4.0, 4.0)
+        config.data.crops_per_volume, config.data.volumes_per_batch = 1, 4
+        config.epochs, config.steps = 0, 600
+        _small(config)
+        config.optim.learning_rate, config.optim.warmup = 2e-3, 0.1
+        config.log.panel_every = config.checkpoint.every = 200
     elif preset == "openkbp":
         config.data.crop = (64, 64, 64)
         config.epochs, config.steps = 0, 2000
@@ -42,7 +51,7 @@ def get_config(preset: str = "hymamba_b") -> ConfigDict:
         config.optim.learning_rate, config.optim.warmup = 5e-4, 0.1
         config.log.panel_every = config.checkpoint.every = 200
     elif preset != "hymamba_b":
-        raise unknown_preset(preset, ("demo", "openkbp", "hymamba_b"))
+        raise unknown_preset(preset, ("demo", "openkbp", "openkbp_cpu", "hymamba_b"))
     return config
 
 

@@ -65,7 +65,7 @@ def _recognise(source: Path) -> str:
         raise DatasetError(f"{source}: is a file; expected a folder or a Decathlon .json")
     description = source / "dataset.json"
     if description.is_file():
-        content = _json(description)
+        content = read_json(description)
         if isinstance(content.get("training"), list) and content["training"]:
             return "decathlon"
         if (source / "imagesTr").is_dir():
@@ -81,7 +81,11 @@ def _recognise(source: Path) -> str:
     return "folder"
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises: DatasetError if there is none.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -100,7 +104,7 @@ def _stem(name: str, endings: Iterable[str] = ENDINGS) -> str:
 
 def _nnunet(source: Path) -> list[Case]:
     """``imagesTr/ID_0000.nii.gz`` (further channels _0001 …) and ``labelsTr/ID.nii.gz``."""
-    description = _json(source / "dataset.json")
+    description = read_json(source / "dataset.json")
     ending = description.get("file_ending", ".nii.gz")
     if ending not in ENDINGS:
         raise DatasetError(
@@ -124,7 +128,7 @@ def _nnunet(source: Path) -> list[Case]:
 def _decathlon(source: Path) -> list[Case]:
     """``"training"``: objects with ``image`` and ``label``, or plain strings; paths relative to the JSON."""
     description = source / "dataset.json" if source.is_dir() else source
-    entries = _json(description).get("training")
+    entries = read_json(description).get("training")
     if not isinstance(entries, list):
         raise DatasetError(f"{description}: no list 'training', which a Decathlon JSON has")
     cases = []
