@@ -184,6 +184,7 @@ def test_a_folder_is_predicted_resumed_and_guarded(main, capsys, model, scans, t
             np.testing.assert_array_equal(labels.header[field], image.header[field], err_msg=field)
         assert labels.get_data_dtype() == np.uint8
         assert set(np.unique(labels.dataobj)) <= {0, 1, 2}
+        assert len(np.unique(labels.dataobj)) > 1
     first = (out / "a.nii.gz").read_bytes()
     (out / "a.nii.gz").write_bytes(b"kept")
     (out / "b.nii.gz").unlink()

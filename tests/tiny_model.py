@@ -11,7 +11,7 @@ from flax import nnx
 from mambamim_jax.model_files import abstract_network
 
 SMALL = {
-    "channels": (4, 4, 4, 4, 6),
+    "channels": (2, 4, 4, 4, 6),
     "depths": (1, 1, 1, 1),
     "expansion": (1, 1, 1, 1),
     "mamba_depth": 1,
@@ -31,7 +31,7 @@ def describe(**changes: Any) -> dict[str, Any]:
         "spacing": (3.0, 3.0, 3.0),
         "crop": (32, 32, 32),
         "classes": 3,
-        "head_width": 4,
+        "head_width": 2,
         "labels": {"0": "background", "1": "body", "2": "lungs"},
     }
     return description | changes
@@ -44,7 +44,7 @@ def random_params(description: dict[str, Any], seed: int = 0, stats: bool = Fals
     draw = np.random.default_rng(seed)
 
     def leaf(path: Any, like: Any) -> np.ndarray:
-        numbers = draw.standard_normal(like.shape, np.float32) * 0.3
+        numbers = draw.standard_normal(like.shape, np.float32) * 0.7
         return np.abs(numbers) + 0.5 if jax.tree_util.keystr(path[-1:], simple=True) == "var" else numbers
 
     return jax.tree_util.tree_map_with_path(leaf, tree)

@@ -10,6 +10,7 @@ cross-section x window x classes float32, however long the volume.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ SIGMA, FLOOR = 0.125, 1e-3
 
 
 class SlidingWindow:
-    """Compiled once, for every volume and every set of parameters.
+    """Compiled once, for every volume, every set of parameters and every other window on the same function.
 
     Args:
       network: pure; what it returns is averaged as it is, so give probabilities where those are to be averaged.
@@ -59,13 +60,7 @@ class SlidingWindow:
         choices = [(False, True) if axis in flips else (False,) for axis in range(3)]
         self.turns = [np.array(turn) for turn in itertools.product(*choices)]
 
-        def run(params: Tree, x: Array, turn: Array) -> Array:
-            return flip(network(params, flip(x, turn)), turn).astype(jnp.float32)
-
-        def plain(params: Tree, x: Array, turn: Array) -> Array:
-            return network(params, x).astype(jnp.float32)
-
-        self._run = jax.jit(run if len(self.turns) > 1 else plain)
+        self._run = _compiled(network, len(self.turns) > 1)
 
     def __call__(self, image: NumpyArray, members: Sequence[Tree]) -> NumpyArray:
         """The averaged output on the whole volume, (h, w, d, classes) float32; see ``stream`` to hold less."""
@@ -136,6 +131,17 @@ class SlidingWindow:
     def _average(self, x: Array, members: Sequence[Any]) -> Array:
         outputs = [self._run(params, x, turn) for params in members for turn in self.turns]
         return outputs[0] if len(outputs) == 1 else sum(outputs[1:], outputs[0]) / len(outputs)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(network: Network, flipping: bool) -> Callable[..., Array]:
+    """The jitted network; one and the same for the same function, which then is not compiled again."""
+
+    def run(params: Tree, x: Array, turn: Array) -> Array:
+        y = flip(network(params, flip(x, turn)), turn) if flipping else network(params, x)
+        return y.astype(jnp.float32)
+
+    return jax.jit(run)
 
 
 class _Slab:

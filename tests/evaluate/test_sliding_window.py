@@ -85,6 +85,19 @@ def test_slabs_come_in_order_and_are_no_thicker_than_a_window():
     assert sum(thickness) == 64
 
 
+def test_a_second_window_on_the_same_network_is_not_compiled_again():
+    traced = []
+
+    def counted(params, x):
+        traced.append(x.shape)
+        return network(params, x)
+
+    first, second = (SlidingWindow(counted, WINDOW, overlap=overlap) for overlap in (0.0, 0.5))
+    for sliding in (first, second, first):
+        sliding(draw((9, 8, 11)), [PARAMS])
+    assert len(traced) == 1
+
+
 def test_every_voxel_is_covered_and_no_window_is_superfluous():
     for size, overlap in itertools.product(range(1, 40), OVERLAPS):
         starts = window_starts(size, 10, overlap)
