@@ -83,7 +83,7 @@ def test_other_networks(task, tmp_path):
         ({"in_channels": 2}, "normalisation: found"),
         ({"encoder": "resnet"}, "encoder: found 'resnet', expected one of"),
         ({"task": "classify"}, "task: found 'classify'"),
-        ({"head_width": 8}, "of a wrong shape (first params/classify/kernel: found (2, 3), expected (8, 3))"),
+        ({"head_width": 8}, "of a wrong shape (first params/classify/kernel: found (4, 3), expected (8, 3))"),
         ({"encoder_config": {"depth": 1}}, "no network can be built from it"),
     ],
 )

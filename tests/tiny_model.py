@@ -11,7 +11,7 @@ from flax import nnx
 from mambamim_jax.model_files import abstract_network
 
 SMALL = {
-    "channels": (2, 4, 4, 4, 6),
+    "channels": (4, 6, 4, 4, 6),
     "depths": (1, 1, 1, 1),
     "expansion": (1, 1, 1, 1),
     "mamba_depth": 1,
@@ -31,7 +31,7 @@ def describe(**changes: Any) -> dict[str, Any]:
         "spacing": (3.0, 3.0, 3.0),
         "crop": (32, 32, 32),
         "classes": 3,
-        "head_width": 2,
+        "head_width": 4,
         "labels": {"0": "background", "1": "body", "2": "lungs"},
     }
     return description | changes
