@@ -236,7 +236,9 @@ def test_several_channels_and_regions(main, capsys, tmp_path):
         **SIZES, in_channels=2, channel_names=["T1", "T2"], normalisation=[{"kind": "zscore"}] * 2,
         regions=regions, classes=2, labels={"0": "background", "1": "core", "2": "oedema"},
     )  # fmt: skip
-    save_model(tmp_path / "model", description, random_params(description))
+    params = random_params(description)
+    params["classify"]["bias"][:] = (2.0, 0.0)  # so that something is found
+    save_model(tmp_path / "model", description, params)
     draw = np.random.default_rng(0)
     affine = np.diag([6.0, 6.0, 6.0, 1.0])
     for channel in range(2):
