@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -41,9 +42,9 @@ def write(store: Store, folder: str | Path) -> dict[str, Any]:
     metas = [store.meta(n) for n in range(len(store))]
     figures = describe(store, metas)
     write_atomic(folder / "fingerprint.json", dump_json(figures))
-    figure = draw(store, metas, figures)
-    FigureCanvasAgg(figure).print_png(str(folder / ".fingerprint.png"), metadata={"Software": None})
-    (folder / ".fingerprint.png").replace(folder / "fingerprint.png")
+    page = io.BytesIO()
+    FigureCanvasAgg(draw(store, metas, figures)).print_png(page, metadata={"Software": None})
+    write_atomic(folder / "fingerprint.png", page.getvalue())
     return figures
 
 
@@ -58,7 +59,7 @@ def describe(store: Store, metas: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "voxels": voxels,
         "sources": dict(Counter(entry.source for entry in store.entries)),
         "labels": sum(entry.has_label for entry in store.entries),
-        "skipped": dict(Counter(line["code"] for line in store.report if line["status"] != "used")),
+        "skipped": _skipped(store),
         "labels_left_out": [
             line["id"] for line in store.report if line["label_status"] not in ("ok", "none", None)
         ],
@@ -72,6 +73,15 @@ def describe(store: Store, metas: Sequence[dict[str, Any]]) -> dict[str, Any]:
         },
         "outliers": _outliers(store, measured),
     }
+
+
+def _skipped(store: Store) -> dict[str, list[str]]:
+    """Ids of the cases that are not used, by reason code."""
+    found: dict[str, list[str]] = {}
+    for line in store.report:
+        if line["status"] != "used":
+            found.setdefault(line["code"], []).append(line["id"])
+    return found
 
 
 def _flat_spacing(meta: dict[str, Any]) -> tuple[float, float]:
@@ -93,25 +103,31 @@ def _histograms(metas: Sequence[dict[str, Any]]) -> NumpyArray:
 
 
 def _outliers(store: Store, measured: dict[str, NumpyArray]) -> list[dict[str, Any]]:
-    """Volumes far from the median: beyond four times the usual deviation, and by enough to matter."""
+    """Volumes far from the median: beyond four times the usual deviation, and by enough to matter; ``limits``
+    says how many times as far as that. The farthest volumes come first.
+    """
     found = []
     for name, values in measured.items():
         middle = np.median(values)
         usual = 1.4826 * np.median(np.abs(values - middle))
-        limit = max(4.0 * usual, _MEASURES[name][1])
-        for n in np.flatnonzero(np.abs(values - middle) > limit):
+        limits = np.abs(values - middle) / max(4.0 * usual, _MEASURES[name][1])
+        for n in np.flatnonzero(limits > 1):
             entry = store.entries[n]
             line: dict[str, Any] = {"id": entry.id, "source": entry.source, "measure": name}
-            found.append(line | {"value": round(float(values[n]), 4), "median": round(float(middle), 4)})
-    return sorted(found, key=lambda line: (line["id"], line["measure"]))
+            line |= {"value": round(float(values[n]), 4), "median": round(float(middle), 4)}
+            found.append(line | {"limits": round(float(limits[n]), 2)})
+    farthest: dict[str, float] = {}
+    for line in found:
+        farthest[line["id"]] = max(farthest.get(line["id"], 0.0), line["limits"])
+    return sorted(found, key=lambda line: (-farthest[line["id"]], line["id"], -line["limits"]))
 
 
 # --- the page ---
 
 
 def draw(store: Store, metas: Sequence[dict[str, Any]], figures: dict[str, Any]) -> Figure:
-    """Summary, distributions and a montage of middle slices, outliers framed in red."""
-    odd = {line["id"] for line in figures["outliers"]}
+    """Summary, distributions and a montage of middle slices; outliers in red."""
+    odd = list(dict.fromkeys(line["id"] for line in figures["outliers"]))
     shown = _choose(store, odd)
     rows = -(-len(shown) // 8)
     figure = Figure(figsize=(16, 7.2 + 2.1 * rows), layout="constrained")
@@ -138,9 +154,10 @@ def draw(store: Store, metas: Sequence[dict[str, Any]], figures: dict[str, Any])
     return figure
 
 
-def _choose(store: Store, odd: set[str]) -> list[int]:
-    """Outliers first, then volumes spread evenly over the set; in order."""
-    strange = [n for n, entry in enumerate(store.entries) if entry.id in odd][: MONTAGE // 2]
+def _choose(store: Store, odd: Sequence[str]) -> list[int]:
+    """The farthest outliers, then volumes spread evenly over the rest; in the store's order."""
+    place = {entry.id: n for n, entry in enumerate(store.entries)}
+    strange = [place[name] for name in odd[: MONTAGE // 2]]
     rest = [n for n in range(len(store)) if n not in set(strange)]
     room = MONTAGE - len(strange)
     picked = rest if len(rest) <= room else [rest[i * len(rest) // room] for i in range(room)]
@@ -148,40 +165,47 @@ def _choose(store: Store, odd: set[str]) -> list[int]:
 
 
 def _slice(store: Store, n: int) -> NumpyArray:
-    """The middle coronal slice through the foreground, head up, patient's right on the left."""
-    entry = store.entries[n]
-    middle = (entry.box[0][1] + entry.box[1][1]) // 2
-    window = (-160.0, 240.0)
-    return window_intensity(np.asarray(store.image(n)[:, middle : middle + 1, :])[:, 0], window).T[::-1, ::-1]
+    """The middle coronal slice of the foreground's box, head up, patient's right on the left."""
+    first, stop = store.entries[n].box
+    middle = (first[1] + stop[1]) // 2
+    plane = np.asarray(store.image(n)[first[0] : stop[0], middle : middle + 1, first[2] : stop[2]])
+    return window_intensity(plane[:, 0], (-160.0, 240.0)).T[::-1, ::-1]
 
 
 def _write_summary(axes: Any, figures: dict[str, Any]) -> None:
     size = f"{figures['voxels'] / 1e9:.2f} G voxels"
     lines = [f"{figures['volumes']} volumes, {figures['labels']} with labels, {size}"]
     lines += [f"  {count} from …{source[-40:]}" for source, count in list(figures["sources"].items())[:5]]
-    skipped = ", ".join(f"{count} {code}" for code, count in figures["skipped"].items())
-    lines += textwrap.wrap(f"skipped: {skipped or 'none'}", 70)
+    skipped = [
+        f"{len(ids)} {code} ({', '.join(map(_short, ids[:3]))}{', …' * (len(ids) > 3)})"
+        for code, ids in figures["skipped"].items()
+    ]
+    lines += textwrap.wrap(f"skipped: {', '.join(skipped) or 'none'}", 74)[:5]
     lines += [f"stored {', '.join(f'{c} {o}' for o, c in figures['orientations'].items())}"]
     lines += [f"{len(figures['tilted'])} tilted or oblique, put straight"] if figures["tilted"] else []
     lines += ["", "median (5% to 95%)"]
     lines += [
-        f"  {name}: {m['median']:g} ({m['p5']:g} to {m['p95']:g})" for name, m in figures["measures"].items()
+        f"  {name}: {_plain(m['median'])} ({_plain(m['p5'])} to {_plain(m['p95'])})"
+        for name, m in figures["measures"].items()
     ]
     axes.axis("off")
-    axes.text(0, 1, "\n".join(lines[:24]), va="top", fontsize=8.5, transform=axes.transAxes)
+    axes.text(0, 1, "\n".join(lines[:26]), va="top", fontsize=8.5, transform=axes.transAxes)
 
 
 def _write_outliers(axes: Any, figures: dict[str, Any]) -> None:
-    lines = [
-        f"{_short(line['id'])}: {line['measure']} {line['value']:g}, usually {line['median']:g}"
-        for line in figures["outliers"]
-    ]
-    more = [f"… and {len(lines) - 20} more in fingerprint.json"] if len(lines) > 20 else []
+    """One line a volume, its measures in the order of how far off they are, then the usual values."""
+    volumes: dict[str, list[str]] = {}
+    for line in figures["outliers"]:
+        volumes.setdefault(line["id"], []).append(
+            f"{line['measure'].partition(',')[0]} {_plain(line['value'])}"
+        )
+    lines = [textwrap.shorten(f"{_short(name)}: {', '.join(odd)}", 92) for name, odd in volumes.items()]
+    heading = f"{len(lines)} outliers, shown in red; the farthest first" if lines else "no outliers"
+    more = [f"… and {len(lines) - 22} more in fingerprint.json"] if len(lines) > 22 else []
     axes.axis("off")
-    text = "\n".join([f"{len(lines)} outliers" if lines else "no outliers", "", *lines[:20], *more])
-    axes.text(
-        0, 1, text, va="top", fontsize=8, color="tab:red" if lines else "black", transform=axes.transAxes
-    )
+    text = "\n".join([heading, "", *lines[:22], *more])
+    color = "tab:red" if lines else "black"
+    axes.text(-0.1, 1, text, va="top", fontsize=8, color=color, transform=axes.transAxes)
 
 
 def _draw_histogram(axes: Any, metas: Sequence[dict[str, Any]]) -> None:
@@ -204,3 +228,7 @@ def _scatter(axes: Any, points: NumpyArray, colors: list[str], x: str, y: str) -
 
 def _short(name: str) -> str:
     return name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}"
+
+
+def _plain(number: float) -> str:
+    return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"

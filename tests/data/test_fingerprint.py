@@ -24,7 +24,9 @@ def source(tmp_path_factory):
 
 
 def test_outliers_are_named(source, tmp_path):
+    (source / "cut.nii.gz").write_bytes((source / "metal.nii.gz").read_bytes()[:-20])
     prepared = store.prepare(datasets.discover(source), tmp_path / "store", workers=1)
+    (source / "cut.nii.gz").unlink()
     figures = fingerprint.write(prepared, tmp_path / "report")
     assert json.loads((tmp_path / "report/fingerprint.json").read_text()) == figures
     assert (tmp_path / "report/fingerprint.png").read_bytes().startswith(b"\x89PNG")
@@ -32,6 +34,8 @@ def test_outliers_are_named(source, tmp_path):
     assert ("metal", "highest HU") in named
     assert ("thick", "source slice spacing, mm") in named
     assert {name for name, _ in named} <= {"metal", "thick"}
+    assert figures["outliers"][0]["id"] == "metal"
+    assert figures["skipped"] == {"truncated": ["cut"]}
     assert figures["volumes"] == 11
     assert figures["orientations"] == {"LPS": 11}
     assert figures["measures"]["source slice spacing, mm"]["median"] == 3.0

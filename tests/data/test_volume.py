@@ -154,6 +154,7 @@ def test_window_and_foreground():
         "ts_body_512x512x20",
         "ts_heart_1p5mm",
         "ts_trunk_3mm",
+        "../Dataset501_OpenKBP/imagesTr/kbp_001_0000",
         "../hard/phantom_head_tilt16p5_18sl",
         "../hard/ct_gantrytilt_uint8_slope7p1",
     ],
@@ -196,3 +197,24 @@ def test_real_labels_keep_their_volumes_and_places(name):
     for value in whole:
         before, after = (stored == value).sum() * cell, (out.voxels == value).sum() * 1.5**3
         assert abs(after / before - 1) < 0.01, value
+
+
+@ct_files.needs_shared
+@pytest.mark.parametrize(
+    "name",
+    ["ct/ts_body_512x512x20_label", "ct/ts_trunk_3mm_label", "Dataset501_OpenKBP/labelsTr/kbp_024"],
+)
+def test_real_labels_take_the_nearest_voxel(name):
+    path = ct_files.SHARED / f"{name}.nii.gz"
+    out = volume.resample(nifti.read(path, label=True), SPACING, label=True, dtype=np.uint16)
+    image = nibabel.load(path)
+    stored = np.asarray(image.dataobj)
+    picks = np.stack([np.random.default_rng(0).integers(0, n, 20_000) for n in out.voxels.shape])
+    index = np.linalg.inv(image.affine)[:3] @ np.vstack(
+        [out.affine[:3] @ np.vstack([picks, np.ones(20_000)]), np.ones(20_000)]
+    )
+    # halfway between two voxels either will do, and beyond the last centre the edge is repeated
+    clear = (np.abs(index - np.floor(index) - 0.5) > 1e-3).all(axis=0)
+    assert clear.mean() > 0.1
+    nearest = np.clip(np.rint(index), 0, np.array(stored.shape)[:, None] - 1).astype(int)
+    assert np.array_equal(out.voxels[tuple(picks)][clear], stored[tuple(nearest)][clear])
