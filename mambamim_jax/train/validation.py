@@ -12,13 +12,15 @@ import jax
 import numpy as np
 
 from mambamim_jax.data.labelled import prepared
+from mambamim_jax.evaluate.inputs import foreground
 from mambamim_jax.evaluate.labels import decide
+from mambamim_jax.evaluate.predict import MARGIN
 from mambamim_jax.evaluate.sliding_window import SlidingWindow
 from mambamim_jax.model_files import CONFIG, ModelFileError, save_model
 from mambamim_jax.settings_finetune import ValidationConfig
 from mambamim_jax.train.labelled_data import LabelledData
 from mambamim_jax.train.step import State
-from mambamim_jax.types import Array, NumpyArray, Size3, Tree
+from mambamim_jax.types import Array, Size3, Tree
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,26 @@ class HeldOut:
             self._save("last", step, kept(state), None)
 
     def _dice(self, window: SlidingWindow, params: Tree, n: int) -> list[float | None]:
-        """Dice of each class, or region, in one case."""
+        """Dice of each class, or region, in one case; outside the body's box all is background, as in prediction."""
         store, table = self.data.held_out, self.data.table
         image = prepared(np.asarray(store.image(n)[:]), store, self.data.normalisation)
-        label, axis = np.asarray(store.label(n)[:]), window.stream_axis(image.shape)
+        label = np.asarray(store.label(n)[:])
         wanted = [region.labels for region in table.regions] or [(v,) for v in range(1, len(table.names))]
-        sums = np.zeros((3, len(wanted)), np.int64)  # in both, predicted, there
         regions = [asdict(region) for region in table.regions] or None
-        for first, values in window.stream(image, [params]):
+        inside = tuple(slice(*ends) for ends in foreground(image, MARGIN).T)
+        axis, body = window.stream_axis(image[inside].shape), label[inside]
+        common, found = np.zeros((2, len(wanted)), np.int64)
+        for first, values in window.stream(image[inside], [params]):
             place = tuple(
                 slice(first, first + values.shape[axis]) if a == axis else slice(None) for a in range(3)
             )
-            sums += overlaps(decide(values, regions), label[place], wanted)
-        both, found, there = sums
-        return [float(2 * b / (f + t)) if f + t else None for b, f, t in zip(both, found, there)]
+            predicted, known = decide(values, regions), body[place]
+            for i, labels in enumerate(wanted):
+                here = np.isin(predicted, labels)
+                found[i] += np.count_nonzero(here)
+                common[i] += np.count_nonzero(here & np.isin(known, labels))
+        there = [np.count_nonzero(np.isin(label, labels)) for labels in wanted]
+        return [float(2 * c / (f + t)) if f + t else None for c, f, t in zip(common, found, there)]
 
     def _save(self, name: str, step: int, params: Tree, dice: float | None) -> None:
         results = {} if dice is None else {"held-out Dice": round(dice, 4)}
@@ -110,15 +118,6 @@ def kept(state: State) -> Tree:
 def without_heads(params: Tree) -> Tree:
     """Parameters without those of deep supervision."""
     return {name: part for name, part in params.items() if name != "aux"}
-
-
-def overlaps(found: NumpyArray, label: NumpyArray, wanted: Sequence[Sequence[int]]) -> NumpyArray:
-    """Voxels in both, predicted and labelled, for each class: int64 (3, classes)."""
-    rows = []
-    for values in wanted:
-        a, b = np.isin(found, values), np.isin(label, values)
-        rows.append((np.count_nonzero(a & b), np.count_nonzero(a), np.count_nonzero(b)))
-    return np.array(rows, np.int64).T
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -1,0 +1,256 @@
+"""Does pre-training help? One fine-tuning config from a pre-trained encoder and from scratch, seeds and label shares.
+
+    pre-train on the training scans, no labels → fine-tune each (start, share of labels, seed) → predict the held-out
+    scans → evaluate → a Markdown table
+
+Every stage is the command line that a user would give, written to WORKDIR/commands.txt; what is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import queue
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambamim_jax.data.datasets import DatasetError, discover
+from mambamim_jax.data.labels import SPLITS, make_split
+from mambamim_jax.evaluate.metrics import METRICS
+from mambamim_jax.evaluate.statistics import OVERALL, compare, summarise
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTS = ("scratch", "pretrained")
+
+
+class StageError(RuntimeError):
+    """A command failed; the message is one line that names its log."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning."""
+
+    start: str
+    share: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.start}_{round(100 * self.share)}_{self.seed}"
+
+
+class Stages:
+    """Runs command lines, ``jobs`` at a time, each on its part of the cores, its output in a log.
+
+    Args:
+      workdir: commands.txt, logs, and the compilation cache that all share.
+    """
+
+    def __init__(self, workdir: Path, jobs: int):
+        self.workdir, self.cache = workdir, workdir / "compilation_cache"
+        for folder in (self.cache, workdir / "logs"):
+            folder.mkdir(parents=True, exist_ok=True)
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self.slots: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+        for job in range(jobs):
+            self.slots.put(cores[job::jobs])
+        self.pool = ThreadPoolExecutor(jobs)
+
+    def run(self, name: str, script: str, *arguments: str) -> None:
+        """Runs launch/SCRIPT.py.
+
+        Raises: StageError if it fails.
+        """
+        command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments]
+        with open(self.workdir / "commands.txt", "a") as file:
+            file.write(f"python launch/{script}.py {' '.join(arguments)}\n")
+        log, cores = self.workdir / "logs" / f"{name}_{script}.txt", self.slots.get()
+        try:
+            with open(log, "w") as output:
+                process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+                if cores:
+                    os.sched_setaffinity(process.pid, cores)
+                code = process.wait()
+        finally:
+            self.slots.put(cores)
+        if code:
+            last = (log.read_text().strip().splitlines() or [""])[-1]
+            raise StageError(f"{script} of {name} ended with {code}: {last} (see {log})")
+
+    def shared_cache(self, run: Path) -> None:
+        """Has a run's folder use the common compilation cache."""
+        run.mkdir(parents=True, exist_ok=True)
+        if not (run / "compilation_cache").exists():
+            (run / "compilation_cache").symlink_to(self.cache.resolve())
+
+
+def link_sides(source: Path, folder: Path) -> None:
+    """Folders of links: ``train`` (scans), ``held_out`` (scans) and ``held_out_labels``, of the set's first fold.
+
+    Raises: DatasetError if the data set or its split cannot be used.
+    """
+    cases = {case.id: case for case in discover(source) if case.label is not None}
+    split = make_split(sorted(cases), source / SPLITS)
+    for side, ids in (("train", split.train), ("held_out", split.held_out)):
+        for name in ids:
+            for path in cases[name].images:
+                _link(path, folder / side / path.name)
+            if side == "held_out":
+                label = cases[name].label
+                assert label is not None
+                _link(label, folder / "held_out_labels" / label.name)
+    _link(source / "dataset.json", folder / "held_out_labels" / "dataset.json")
+
+
+def _link(path: Path, link: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        link.symlink_to(path.resolve())
+
+
+def finetune_and_score(stages: Stages, run: Run, options: argparse.Namespace, flags: Sequence[str]) -> None:
+    """Fine-tunes, predicts the held-out scans with the last network, and evaluates them on the scans' own grids."""
+    workdir: Path = options.workdir
+    folder, data = workdir / "runs" / run.name, workdir / "data"
+    if (folder / "evaluation" / "summary.json").is_file():
+        return
+    stages.shared_cache(folder)
+    init = [f"--config.init={workdir / 'pretrain'}"] if run.start == "pretrained" else []
+    stages.run(
+        run.name, "finetune", f"--config={options.finetune}", f"--workdir={folder}", *flags, *init,
+        f"--config.data.source={options.source}", f"--config.data.store={workdir / 'store'}",
+        f"--config.data.label_fraction={run.share}", f"--config.data.split_seed={run.seed}",
+        f"--config.seed={run.seed}",
+    )  # fmt: skip
+    predictions = folder / "predictions"
+    stages.run(
+        run.name, "predict", f"--model={folder / 'last'}", f"--input={data / 'held_out'}",
+        f"--output={predictions}", f"--overlap={options.overlap}", "--batch=8",
+    )  # fmt: skip
+    stages.run(
+        run.name, "evaluate", f"--predictions={predictions}", f"--labels={data / 'held_out_labels'}",
+        f"--output={folder / 'evaluation'}", "--workers=1",
+    )  # fmt: skip
+
+
+def read_scores(folder: Path) -> list[dict[str, Any]]:
+    """Rows of an evaluation's scores.csv, numbers as numbers, NaN where a class is absent."""
+    with open(folder / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{**row, **{m: float(row[m]) if row[m] else math.nan for m in METRICS}} for row in rows]
+
+
+def mean_over_seeds(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Each case's and class's scores averaged over the seeds."""
+    found = defaultdict(list)
+    for rows in runs:
+        for row in rows:
+            found[row["case"], row["class"]].append(row)
+    return [
+        {**rows[0], **{m: float(np.mean([row[m] for row in rows])) for m in METRICS}}
+        for rows in found.values()
+    ]
+
+
+def table(workdir: Path, shares: Sequence[float], seeds: int) -> list[str]:
+    """The results as Markdown: Dice by class, mean over seeds, spread between seeds, and the paired difference."""
+    lines = []
+    for share in shares:
+        rows = {
+            start: [
+                read_scores(workdir / "runs" / Run(start, share, s).name / "evaluation") for s in range(seeds)
+            ]
+            for start in STARTS
+        }
+        averaged = {start: mean_over_seeds(some) for start, some in rows.items()}
+        differences = compare(averaged["pretrained"], averaged["scratch"])
+        by_seed = {start: [summarise(one) for one in some] for start, some in rows.items()}
+        cases = len({row["case"] for row in averaged["scratch"]})
+        lines += [
+            "",
+            f"{share:.0%} of the labels; Dice on {cases} held-out cases, mean ± deviation over {seeds} seeds",
+            "",
+            "| class | from scratch | pre-trained | difference [95% over cases] | p (Wilcoxon over cases) |",
+            "|---|---|---|---|---|",
+        ]
+        for name in (OVERALL, *(n for n in differences if n != OVERALL)):
+            cells = [_cell([one[name]["dice"]["mean"] for one in by_seed[start]]) for start in STARTS]
+            d = differences[name]["dice"]
+            low, high = (f"{d[end]:+.3f}" if d[end] is not None else "–" for end in ("low", "high"))
+            p = "–" if d["p"] is None else f"{d['p']:.2g}"
+            gap = "–" if d["difference"] is None else f"{d['difference']:+.3f} [{low}, {high}]"
+            lines.append(f"| {name} | {cells[0]} | {cells[1]} | {gap} | {p} |")
+    return lines
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    return f"{np.mean(known):.3f}" + (f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else "")
+
+
+def main(argv: list[str]) -> int:
+    """Everything; 0, or 2 with one line on what is wrong."""
+    description, _, usage = (__doc__ or "").partition("\n\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="launch/compare.py", description=description, epilog=usage, formatter_class=formatter
+    )
+    parser.add_argument("--source", type=Path, required=True, help="an nnU-Net raw data set with a split")
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--pretrain", default="configs/pretrain.py:openkbp_cpu", help="config")
+    parser.add_argument("--finetune", default="configs/finetune.py:openkbp_cpu", help="config")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shares", default="1.0,0.2", help="of the labels")
+    parser.add_argument("--overlap", type=float, default=0.5, help="of windows in prediction")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its part of the cores")
+    parser.add_argument(
+        "--pretrain-flag", action="append", default=[], metavar="KEY=VALUE", help="of its config"
+    )
+    parser.add_argument(
+        "--finetune-flag", action="append", default=[], metavar="KEY=VALUE", help="of its config"
+    )
+    options = parser.parse_args(argv)
+    options.workdir = options.workdir.expanduser().resolve()
+    options.source = options.source.expanduser().resolve()
+    shares = [float(share) for share in options.shares.split(",")]
+    try:
+        link_sides(options.source, options.workdir / "data")
+        stages = Stages(options.workdir, options.jobs)
+        pretrained = options.workdir / "pretrain"
+        stages.shared_cache(pretrained)
+        flags = [f"--config.{flag}" for flag in options.pretrain_flag]
+        stages.run(
+            "all", "pretrain", f"--config={options.pretrain}", f"--workdir={pretrained}", *flags,
+            f"--config.data.source={options.workdir / 'data' / 'train'}",
+        )  # fmt: skip
+        flags = [f"--config.{flag}" for flag in options.finetune_flag]
+        runs = [
+            Run(start, share, seed) for seed in range(options.seeds) for share in shares for start in STARTS
+        ]
+        # The first alone: it prepares the volumes and compiles what the others then find.
+        finetune_and_score(stages, runs[0], options, flags)
+        work = [stages.pool.submit(finetune_and_score, stages, run, options, flags) for run in runs[1:]]
+        for job in work:
+            job.result()
+    except (DatasetError, StageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    lines = table(options.workdir, shares, options.seeds)
+    print("\n".join(lines))
+    (options.workdir / "table.md").write_text("\n".join(lines) + "\n")
+    (options.workdir / "settings.json").write_text(json.dumps(vars(options), indent=1, default=str) + "\n")
+    return 0
