@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mambamim_jax.ops.selective_scan import reference, triton, xla
+from mambamim_jax.ops.selective_scan import associative, reference, sequential, triton
 from mambamim_jax.ops.selective_scan.contract import ScanInputs, like_inputs
 from mambamim_jax.types import Array
 
@@ -23,10 +23,10 @@ class Kernel(NamedTuple):
     backward: Callable[..., ScanInputs]
 
 
-PLAIN = {"reference": reference.scan, "associative": xla.associative}
+PLAIN = {"reference": reference.scan, "associative": associative.scan}
 """Implementations that JAX differentiates: f(inputs, reverse) -> y, last_state."""
 KERNELS = {
-    "sequential": Kernel(xla.sequential_forward, xla.sequential_backward),
+    "sequential": Kernel(sequential.forward, sequential.backward),
     "pallas_triton": Kernel(triton.forward, triton.backward),
 }
 """Implementations with a backward pass of their own."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mambamim_jax.ops.selective_scan import IMPLEMENTATIONS, selective_scan, triton, tuning
+from mambamim_jax.ops.selective_scan import IMPLEMENTATIONS, selective_scan, sequential, triton, tuning
 from tests import shapes
 from tests.ops.selective_scan.cases import (
     OPTIONAL,
@@ -108,3 +108,14 @@ class TestImplementation:
         *arrays, _ = random_inputs(SMALL)
         y = selective_scan(*arrays, implementation=name)
         assert y.shape == SMALL[:3]
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
+def test_sequential_in_parts(reverse, monkeypatch):
+    monkeypatch.setattr(sequential, "WIDE", 8)
+    monkeypatch.setattr(sequential, "PARTS", 3)
+    shape = (2, 37, 25, 3)
+    out, gradients = values_and_gradients(random_inputs(shape), cotangents(shape), "sequential", reverse)
+    want, want_gradients = expected(shape, reverse)
+    assert_close(out, want, 1e-5, "value")
+    assert_close(gradients, want_gradients, 1e-4, "gradient")
