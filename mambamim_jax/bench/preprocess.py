@@ -6,6 +6,7 @@ python launch/bench.py preprocess [--monai] [--steps=5] [IMAGE …]
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,27 +17,41 @@ from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.tables import print_table
 
 
-def ours(image: str, write: bool = True) -> Callable[[], float]:
-    """All that is done for one case, written to a new store each time; or reading and resampling alone."""
+class ToStore:
+    """All that is done for one case, written to a new store each time."""
+
+    def __init__(self, image: str):
+        self._image, self._folder = image, ""
+
+    def prepare(self) -> None:
+        """Not timed: an empty store."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = tempfile.mkdtemp()
+        (Path(self._folder) / "volumes").mkdir()
+
+    def __call__(self) -> float:
+        from mambamim_jax.data import preprocess
+
+        job: dict[str, Any] = {"store": self._folder, "record": "record.json", "id": "x", "source": "bench"}
+        job |= {"images": [self._image], "label": None, "spacing": [1.5] * 3, "window": [-175.0, 250.0]}
+        record = preprocess.run(job | {"encoding": "npy"})
+        if record["status"] != "used":
+            raise ValueError(record["message"])
+        return float(len(record["volume"]))
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing to tell; the last store is removed."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return {}
+
+
+def resampled(image: str) -> Callable[[], float]:
+    """Reading and resampling alone."""
     import numpy as np
 
-    from mambamim_jax.data import nifti, preprocess, volume
+    from mambamim_jax.data import nifti, volume
 
-    def step() -> float:
-        if not write:
-            hu = volume.resample(nifti.read(image), (1.5, 1.5, 1.5), dtype=np.int16)
-            return float(hu.voxels.size)
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "volumes").mkdir()
-            job: dict[str, Any] = {"store": folder, "record": "record.json", "id": "x", "source": "bench"}
-            job |= {"images": [image], "label": None, "spacing": [1.5] * 3, "window": [-175.0, 250.0]}
-            job["encoding"] = "npy"
-            record = preprocess.run(job)
-            if record["status"] != "used":
-                raise ValueError(record["message"])
-            return float(len(record["volume"]))
-
-    return step
+    return lambda: float(volume.resample(nifti.read(image), (1.5, 1.5, 1.5), dtype=np.int16).voxels.size)
 
 
 def synthetic(path: Path, slices: int) -> Path:
@@ -69,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             str(synthetic(Path(folder) / f"ct_512x512x{options.slices}.nii.gz", options.slices))
         ]
         for image in images:
-            here = "mambamim_jax.bench.preprocess:ours"
-            sides = [Side("ours, to the store", here, {"image": image}, 1)]
-            sides += [Side("ours, read and resample", here, {"image": image, "write": False}, 1)]
+            here = "mambamim_jax.bench.preprocess"
+            sides = [Side("ours, to the store", f"{here}:ToStore", {"image": image}, 1)]
+            sides += [Side("ours, read and resample", f"{here}:resampled", {"image": image}, 1)]
             if options.monai:
                 sides += [Side("MONAI", "mambamim_jax.bench.monai_chain:preprocess", {"image": image}, 1)]
             try:

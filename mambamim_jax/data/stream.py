@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -124,12 +125,15 @@ class BatchIterator(Iterator[dict[str, NumpyArray]]):
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
+        self._batches: list[Any] = []  # of Grain's iterators, the one in use
+        weakref.finalize(self, _close, self._batches)
         self._start(0)
 
     def _start(self, number: int) -> None:
         """Read from batch ``number`` on. Starting anew needs no state of Grain's, which depends on the
         workers.
         """
+        _close(self._batches)
         loader, self._number = self._loader, number
         source = grain.MapDataset.range(number, _ENDLESS).map(_Reader(loader))
         threads = 0 if loader.workers else loader.threads
@@ -139,10 +143,10 @@ class BatchIterator(Iterator[dict[str, NumpyArray]]):
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(loader.workers, per_worker_buffer_size=2)
             )
-        self._batches = iter(batches)
+        self._batches.append(iter(batches))
 
     def __next__(self) -> dict[str, NumpyArray]:
-        batch = next(self._batches)
+        batch = next(self._batches[0])
         self._number += 1
         return batch
 
@@ -163,6 +167,14 @@ class BatchIterator(Iterator[dict[str, NumpyArray]]):
                     f"iterator state was saved with {what}: resume with the same data and config, or anew"
                 )
         self._start(state["examples"] // self._loader.volumes_per_batch)
+
+
+def _close(batches: list[Any]) -> None:
+    """End the threads and processes behind an iterator; at the latest before the interpreter is taken apart,
+    when Grain no longer can.
+    """
+    while batches:
+        batches.pop().close()
 
 
 def prepare_workers() -> None:

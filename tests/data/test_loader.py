@@ -135,12 +135,14 @@ def test_hu_for_windowing_on_the_device(prepared):
     assert np.array_equal(volume.window_intensity(hu, (-175.0, 250.0)), expected)
 
 
-def test_worker_processes_give_the_same(prepared):
-    expected = take(iter(loader.PretrainLoader(prepared, **OPTIONS)), 5)
-    iterator = iter(loader.PretrainLoader(prepared, **OPTIONS, workers=2))
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_worker_processes_give_the_same(prepared, workers):
+    expected = take(iter(loader.PretrainLoader(prepared, **OPTIONS)), 7)
+    iterator = iter(loader.PretrainLoader(prepared, **OPTIONS, workers=workers))
     iterator.set_state({**iterator.get_state(), "examples": 8})
-    assert equal(take(iterator, 3), expected[2:])
-    assert iterator.get_state()["examples"] == 20
+    assert equal(take(iterator, 5), expected[2:])
+    assert iterator.get_state()["examples"] == 28
 
 
 def test_compact_encoding_gives_the_same(prepared, tmp_path):
