@@ -290,6 +290,24 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged. Their number is the product; one of the sizes may be -1: what is left."""
+
+    data: int = -1
+    """Divides the batch."""
+    fsdp: int = 1
+    """Divides the batch, and the parameters and their moments."""
+    model: int = 1
+    """Divides the widths of convolutions and Mamba layers."""
+
+    def check(self, key: str) -> None:
+        sizes = (self.data, self.fsdp, self.model)
+        for name, size in zip(("data", "fsdp", "model"), sizes):
+            _require(size > 0 or size == -1, f"{key}.{name}", size, "at least 1, or -1 for what is left")
+        _require(sizes.count(-1) < 2, key, sizes, "at most one -1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What the training loop needs to know, whatever it trains."""
 
@@ -302,8 +320,9 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
-    harmless: ClassVar[tuple[str, ...]] = ("epochs", "steps", "resume", "log", "checkpoint")
+    harmless: ClassVar[tuple[str, ...]] = ("epochs", "steps", "resume", "log", "checkpoint", "mesh")
     """Keys and sections that may differ when a run is continued."""
 
     def check(self, key: str) -> None:

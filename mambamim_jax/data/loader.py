@@ -18,7 +18,8 @@ class PretrainLoader(Loader):
     """Crops centred on foreground; see ``stream.Loader`` for what it promises and its other arguments.
 
     A batch is ``{"image": (b, h, w, d, 1), "index": int64 (volumes,)}`` with
-    ``b = volumes_per_batch * crops_per_volume / process_count``; ``index`` says which volumes of the store.
+    ``b = volumes_per_batch * crops_per_volume`` or as many as ``rows``; ``index`` says which volumes of the
+    store they are of.
 
     Args:
         store: what to read. crop: voxels (h, w, d). crops_per_volume: random crops of a volume.

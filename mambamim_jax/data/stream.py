@@ -42,8 +42,8 @@ class Loader(ABC):
         threads: reading ahead in this process (0: read when asked).
         workers: processes that read in place of threads; of use with blosc2, whose reading holds Python's
             lock.
-        process_index, process_count: this process takes every ``process_count``-th volume of the shuffled
-            order.
+        rows: the crops of each batch that this process hands out, where several processes share a batch;
+            None for all.
         weights: share of each source in an epoch, by the source's path or its last part; None for all
             volumes alike.
 
@@ -60,27 +60,26 @@ class Loader(ABC):
         seed: int = 0,
         threads: int = 2,
         workers: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: range | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
         if len(store) == 0:
             raise ValueError(f"{store.folder}: the store holds no usable volume")
-        if volumes_per_batch < 1 or volumes_per_batch % process_count:
-            raise ValueError(
-                f"volumes_per_batch {volumes_per_batch} is not a multiple of {process_count} processes"
-            )
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index {process_index}, expected 0 to {process_count - 1}")
+        if volumes_per_batch < 1 or crops_per_volume < 1:
+            raise ValueError(f"a batch of {volumes_per_batch} x {crops_per_volume} crops, expected some")
+        every = range(volumes_per_batch * crops_per_volume)
+        rows = every if rows is None else rows
+        if not rows or rows.step != 1 or rows[0] not in every or rows[-1] not in every:
+            raise ValueError(f"{rows}, expected neighbouring rows of a batch's {len(every)}")
         self.store, self.seed = store, seed
         self.crops_per_volume, self.volumes_per_batch = crops_per_volume, volumes_per_batch
         self.threads, self.workers = threads, workers
-        self.process_index, self.process_count = process_index, process_count
+        self.rows = rows
         self.mix = Mix.of([entry.source for entry in store.entries], weights)
 
     @abstractmethod
     def batch(self, number: int) -> dict[str, NumpyArray]:
-        """This process's part of batch ``number`` since the start of training."""
+        """All crops of ``samples(number)``, whole samples, of batch ``number`` since the start of training."""
 
     @property
     @abstractmethod
@@ -107,9 +106,15 @@ class Loader(ABC):
         return BatchIterator(self)
 
     def samples(self, number: int) -> list[int]:
-        """Global indices of this process's samples of batch ``number``."""
-        first = number * self.volumes_per_batch
-        return [*range(first + self.process_index, first + self.volumes_per_batch, self.process_count)]
+        """Global indices of the samples of batch ``number`` that this process hands out crops of."""
+        first, count = number * self.volumes_per_batch, self.crops_per_volume
+        return [*range(first + self.rows[0] // count, first + self.rows[-1] // count + 1)]
+
+    def part(self, number: int) -> dict[str, NumpyArray]:
+        """This process's rows of batch ``number``; "index" has an entry for each sample that they are of."""
+        start = self.rows[0] % self.crops_per_volume
+        cut = slice(start, start + len(self.rows))
+        return {name: a if name == "index" else a[cut] for name, a in self.batch(number).items()}
 
     def volume_of(self, index: int) -> int:
         """The volume that sample ``index`` reads."""
@@ -200,7 +205,7 @@ class _Reader:
             os.environ["JAX_PLATFORMS"] = "cpu"
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         self._settled = True
-        return self._loader.batch(number)
+        return self._loader.part(number)
 
 
 def _end_with_parent(parent: int) -> None:

@@ -15,6 +15,7 @@ from mambamim_jax.model.mask import Mask
 from mambamim_jax.model.masked_layers import layer_norm, torch_uniform
 from mambamim_jax.model.packed import take_blocks
 from mambamim_jax.ops.causal_conv1d import causal_conv1d
+from mambamim_jax.ops.partition import ambient, by_width
 from mambamim_jax.ops.selective_scan import selective_scan
 from mambamim_jax.types import Array, Size3
 
@@ -57,6 +58,15 @@ class Linear(nnx.Module):
         y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
+    def pair(self, x: Array) -> tuple[Array, Array]:
+        """The two halves of y = x W; on a mesh as products of their own, so that neither half has to move."""
+        if ambient() is None:
+            first, second = jnp.split(self(x), 2, axis=-1)
+            return first, second
+        halves = jnp.split(self.kernel[...].astype(self.dtype), 2, axis=-1)
+        first, second = (x.astype(self.dtype) @ by_width(half) for half in halves)
+        return first, second
+
 
 def _inverse_softplus_of_log_uniform(key: Array, size: int) -> Array:
     """A bias whose softplus is log-uniform in `DT_RANGE` (Mamba's initialisation of the step size)."""
@@ -93,7 +103,7 @@ class Mamba(nnx.Module):
         self.out_proj = Linear(inner, channels, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        u, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        u, z = self.in_proj.pair(x)
         u = causal_conv1d(u, self.conv_kernel[...], self.conv_bias[...], silu=True)
         delta, B, C = jnp.split(self.x_proj(u), (self.rank, self.rank + self.state), axis=-1)
         y = selective_scan(  # an array, as no last state is asked for

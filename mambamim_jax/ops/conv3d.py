@@ -3,7 +3,7 @@
 Elsewhere it is XLA's own convolution. On a CPU XLA runs a 3D convolution two to three times slower than what its
 matrix kernels allow. There a padded one is a sum of three 2D convolutions, which XLA gives to a library, and the
 gradient of the kernel is three matrix products of shifted copies of both sides, a few rows at a time so that the
-copies stay in cache.
+copies stay in cache. On a mesh it is XLA's own again: that one the compiler can divide over devices.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mambamim_jax.ops import partition
 from mambamim_jax.types import Array
 
 DIMENSIONS_3D = ("NDHWC", "DHWIO", "NDHWC")
@@ -41,11 +42,15 @@ def convolve(x: Array, kernel: Array) -> Array:
 
 def convolve_padded(x: Array, kernel: Array) -> Array:
     """3x3x3 convolution with zero padding, (m, h, w, d, c) to (m, h, w, d, o); without a derivative of its own."""
+    if partition.ambient():
+        return _padded(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=_padded_on_cpu, default=_padded)
 
 
 def kernel_gradient(x: Array, g: Array) -> Array:
     """Gradient (r, r, r, c, o) of the kernel, of `conv3d`'s input with its border and its output's cotangent."""
+    if partition.ambient():
+        return _kernel_gradient(x, g)
     return lax.platform_dependent(x, g, cpu=_kernel_gradient_on_cpu, default=_kernel_gradient)
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from mambamim_jax.settings import CheckpointConfig, ConfigError, RunConfig, flat
 from mambamim_jax.train.optim import paths
+from mambamim_jax.train.sharding import on_host
 from mambamim_jax.train.step import State
 from mambamim_jax.types import Array
 
@@ -196,11 +196,10 @@ def compare(saved: dict[str, Any], config: RunConfig, workdir: Path, say: Callab
 
 def checksums(state: State) -> dict[str, int]:
     """{path: sum of the tensor's bits as unsigned integers}; independent of how the tensor is sharded."""
-    values = np.asarray(_checksums(state))
+    values = on_host(_checksums, state)
     return {name: int(value) for name, value in zip(paths(state), values)}
 
 
-@jax.jit
 def _checksums(state: State) -> Array:
     return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(state)])
 

@@ -24,6 +24,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+METRICS = "metrics.jsonl"
+
+
 class RowFile:
     """A file of one JSON line per row, appended to as a run goes.
 
@@ -56,7 +59,7 @@ class RunLog:
     """
 
     def __init__(self, workdir: Path, step: int, validated: bool = False):
-        self.path = workdir / "metrics.jsonl"
+        self.path = workdir / METRICS
         self.steps = RowFile(self.path, step)
         self.validation = RowFile(workdir / "validation.jsonl", step) if validated else None
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
@@ -91,3 +94,15 @@ class RunLog:
 
     def _files(self) -> list[RowFile]:
         return [self.steps, *([self.validation] if self.validation else [])]
+
+
+class SilentLog:
+    """In place of a ``RunLog`` where another process writes."""
+
+    validation = None
+
+    def row(self, row: Mapping[str, Any]) -> None: ...
+    def scalars(self, row: Mapping[str, Any]) -> None: ...
+    def picture(self, name: str, image: NumpyArray, step: int) -> None: ...
+    def sync(self) -> None: ...
+    def close(self) -> None: ...

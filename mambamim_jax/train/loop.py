@@ -6,11 +6,8 @@ catches up, so no state is saved whose step was not seen to be finite.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,11 +19,14 @@ from mambamim_jax import visualise
 from mambamim_jax.settings import ConfigError, OptimConfig, RunConfig
 from mambamim_jax.train.checkpoint import Checkpoints
 from mambamim_jax.train.feed import Feed, Stream
-from mambamim_jax.train.logs import RunLog, read_rows
+from mambamim_jax.train.logs import METRICS, RunLog, SilentLog, read_rows
 from mambamim_jax.train.optim import AdamW, Schedule
 from mambamim_jax.train.progress import Show, Terminal, duration
+from mambamim_jax.train.sharding import Placement, one_device
+from mambamim_jax.train.signals import caught_signals
 from mambamim_jax.train.step import (
     RUN_SELDOM,
+    STOP,
     NonFiniteError,
     State,
     Task,
@@ -92,9 +92,20 @@ def make_optimiser(
 
 
 def train(
-    task: Task, loader: Loader, config: RunConfig, workdir: Path, checkpoints: Checkpoints, terminal: Terminal
+    task: Task,
+    loader: Loader,
+    config: RunConfig,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    terminal: Terminal,
+    placement: Placement | None = None,
 ) -> Outcome:
     """Trains to the end, from the newest checkpoint where there is one.
+
+    Every process of a run calls it, with the loader of its own rows; the first one alone writes.
+
+    Args:
+      placement: the devices, and what goes where; None for one device.
 
     Raises:
       NonFiniteError: the loss or a gradient was not finite; nothing of that step is kept.
@@ -102,21 +113,24 @@ def train(
     """
     steps = config.total_steps(loader.batches_per_epoch)
     adamw, schedule = make_optimiser(config.optim, steps, task.unused_parameters, task.rate_scales)
-    stream = Feed(iter(loader), task.inputs)
-    like = abstract_state(task, adamw)
+    placement = placement or one_device()
+    stream = Feed(iter(loader), task.inputs, placement.put)
+    like = placement.like(abstract_state(task, adamw))
     restored = checkpoints.restore(like)
     start = restored.step if restored else 0
     if restored:
         _resume_stream(stream, restored.data, workdir)
         terminal.say(f"continuing at step {start} of {steps} from {checkpoints.folder / str(start)}")
-    log = RunLog(workdir, start, validated=task.validation is not None)
+    first = jax.process_index() == 0
+    log = RunLog(workdir, start, validated=task.validation is not None) if first else SilentLog()
     names = list(adamw.trained(like["params"]))
-    panel = _Panel(task, loader, config.seed) if task.panel else None
-    run = _Run(task, config, workdir, checkpoints, terminal, log, names, panel, start, steps)
+    panel = _Panel(task, loader, config.seed, placement) if task.panel else None
+    run = _Run(task, config, workdir, checkpoints, terminal, log, placement, names, panel, start, steps)
     try:
         if start < steps:
-            state = restored.state if restored else initial_state(task, adamw, config.seed)
-            step = make_step(task, adamw, schedule, seed=config.seed, accumulate=config.optim.accumulate)
+            state = restored.state if restored else initial_state(task, adamw, config.seed, placement)
+            accumulate, seed = config.optim.accumulate, config.seed
+            step = make_step(task, adamw, schedule, seed=seed, accumulate=accumulate, placement=placement)
             with caught_signals() as caught:
                 run.go(step, state, stream, caught)
         elif restored:
@@ -144,7 +158,8 @@ class _Run:
     workdir: Path
     checkpoints: Checkpoints
     terminal: Terminal
-    log: RunLog
+    log: RunLog | SilentLog
+    placement: Placement
     names: list[str]
     panel: _Panel | None
     start: int
@@ -164,19 +179,23 @@ class _Run:
             self.validate(state)
         with self.terminal.training(title, self.start, self.steps, log.every) as show:
             pending: _Pending | None = None
+            quiet = self.placement.flag(0)
             self.clock = time.monotonic()
             for step in range(self.start + 1, self.steps + 1):
                 before = time.monotonic()
                 batch = next(stream)
                 wait = time.monotonic() - before
-                state, metrics = step_function(state, batch)
+                stop = self.placement.flag(caught[0]) if caught else quiet
+                state, metrics = step_function(state, batch | {STOP: stop})
                 before = time.monotonic()
                 stream.advance()
                 wait += time.monotonic() - before
                 if pending:
                     self.settle(pending, state, show)
                 pending = _Pending(step, metrics, batch, wait)
-                last = step == self.steps or bool(caught)
+                if caught and not self.placement.mesh.is_multi_process:
+                    self.signal = caught[0]
+                last = step == self.steps or bool(self.signal)
                 drawing, saving = last or step % log.panel_every == 0, last or step % every == 0
                 validating = self.validates(step) and (not caught or step == self.steps)
                 if drawing or saving or validating:
@@ -190,8 +209,7 @@ class _Run:
                 if saving:
                     self.log.sync()
                     self.checkpoints.save(step, state, stream.get_state(), self.config)
-                if caught:
-                    self.signal = caught[0]
+                if self.signal:
                     break
         if self.step == self.steps:
             self.conclude(state)
@@ -205,12 +223,14 @@ class _Run:
 
     def settle(self, pending: _Pending, state: State, show: Show) -> None:
         """Waits for a step, checks that it was finite, logs and shows it."""
-        metrics = {name: np.asarray(value) for name, value in pending.metrics.items()}
+        metrics = jax.device_get(pending.metrics)
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
         if not metrics["finite"]:
             text = explain_non_finite(pending.step, metrics, self.names, state, pending.batch)
             raise NonFiniteError(f"{text}; {self.last_good()}")
+        # Every process sees the same sum of what all have caught, so all of them stop after the same step.
+        self.signal = self.signal or int(metrics["stop"])
         size = len(next(iter(pending.batch.values())))
         if pending.step > self.start + 1:
             self.samples, self.seconds = self.samples + size, self.seconds + seconds
@@ -257,17 +277,18 @@ class _Run:
             return
         step = self.step
         image = self.panel.draw(state, f"{self.task.name}, step {step}, loss {self.loss:.4f}")
-        visualise.write_png(image, self.workdir / "panels" / f"step_{step:07d}.png")
-        self.log.picture("panel", image, step)
+        if image is not None:
+            visualise.write_png(image, self.workdir / "panels" / f"step_{step:07d}.png")
+            self.log.picture("panel", image, step)
         self.clock = time.monotonic()
 
     def finish(self) -> Outcome:
         """The loss curve and the summary."""
-        rows = read_rows(self.log.path)
+        rows = read_rows(self.workdir / METRICS)
         losses = [row["loss"] for row in rows] or [float("nan")]
         first, last = float(np.mean(losses[:ENDS])), float(np.mean(losses[-ENDS:]))
         step = rows[-1]["step"] if rows else 0
-        if rows:
+        if rows and jax.process_index() == 0:
             curve = visualise.draw_loss_curve(rows, f"{self.task.name}: loss")
             visualise.write_png(curve, self.workdir / "loss.png")
         outcome = Outcome(step, self.steps, first, last, self.rate(), self.signal)
@@ -289,7 +310,7 @@ class _Run:
             f"  checkpoints  {self.checkpoints.folder} (steps {kept})",
             f"  panels       {self.workdir / 'panels'}" if self.panel else "",
             f"  loss curve   {self.workdir / 'loss.png'}",
-            f"  metrics      {self.log.path}",
+            f"  metrics      {self.workdir / METRICS}",
             f"  TensorBoard  tensorboard --logdir {self.workdir / 'tensorboard'}",
         ]
         return [line for number, line in enumerate(lines) if line or number == 0]
@@ -303,37 +324,22 @@ def take(batch: dict[str, NumpyArray], names: tuple[str, ...]) -> dict[str, Nump
 class _Panel:
     """Pictures of the same crops, with the same patches hidden, all through a run."""
 
-    def __init__(self, task: Task, loader: Loader, seed: int):
+    def __init__(self, task: Task, loader: Loader, seed: int, placement: Placement):
         assert task.panel
-        self.batch = {
-            name: part[:PANEL_CROPS] for name, part in take(next(iter(loader)), task.inputs).items()
-        }
-        self.function = jax.jit(task.panel, compiler_options=RUN_SELDOM)
+        whole, batch = placement.everywhere, placement.put(take(next(iter(loader)), task.inputs))
+        self.batch = jax.jit(_first_crops, out_shardings=whole)(batch)
+        panel = placement.traced(task.panel)
+        self.function = jax.jit(panel, out_shardings=whole, compiler_options=RUN_SELDOM)
         self.titles, self.key = task.titles, step_key(seed, 0)
 
-    def draw(self, state: State, heading: str) -> NumpyArray:
+    def draw(self, state: State, heading: str) -> NumpyArray | None:
+        """The picture; None on all processes but the first, which only take their part in the computation."""
         parts = self.function(state["params"], state["batch_stats"], self.batch, self.key)
-        volumes = {title: np.asarray(parts[title][0]) for title in self.titles}
+        if jax.process_index():
+            return None
+        volumes = {title: jax.device_get(parts[title])[0] for title in self.titles}
         return visualise.draw_panel(volumes, heading)
 
 
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM fill the list, so that the loop can save and end; a second one acts as usual."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: Any) -> None:
-        caught.append(number)
-        signal.signal(number, usual[signal.Signals(number)])
-
-    for number in usual:
-        signal.signal(number, handle)
-    try:
-        yield caught
-    finally:
-        for number, before in usual.items():
-            signal.signal(number, before)
+def _first_crops(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: part[:PANEL_CROPS] for name, part in batch.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -18,6 +19,7 @@ from mambamim_jax.train.feed import window
 from mambamim_jax.train.loop import Outcome, train
 from mambamim_jax.train.losses import patch_statistics, reconstruction_loss
 from mambamim_jax.train.progress import Terminal
+from mambamim_jax.train.sharding import make_placement
 from mambamim_jax.train.step import Batch, Task
 from mambamim_jax.types import Array, Tree
 
@@ -32,17 +34,22 @@ def pretrain(config: PretrainConfig, workdir: Path, terminal: Terminal | None = 
       NonFiniteError: the run broke; the last good checkpoint stays.
     """
     terminal = terminal or Terminal()
+    placement = make_placement(config.mesh, config.data.batch // config.optim.accumulate)
+    task = mim_task(config)
+    placement.shardings(jax.eval_shape(task.init, jax.random.key(0)))  # refuses what does not divide
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = open_checkpoints(workdir, config, terminal.say)
     try:
-        loader = prepare_data(config, workdir, terminal)
-        return train(mim_task(config), loader, config, workdir, checkpoints, terminal)
+        loader = prepare_data(config, workdir, terminal, placement.rows(config.data.batch))
+        return train(task, loader, config, workdir, checkpoints, terminal, placement)
     finally:
         checkpoints.close()
 
 
-def prepare_data(config: PretrainConfig, workdir: Path, terminal: Terminal) -> PretrainLoader:
-    """Volumes found or made, preprocessed into the store, and the loader over it."""
+def prepare_data(
+    config: PretrainConfig, workdir: Path, terminal: Terminal, rows: range | None = None
+) -> PretrainLoader:
+    """Volumes found or made, preprocessed into the store, and the loader of some rows of its batches."""
     data = config.data
     sources = [Path(source).expanduser() for source in data.sources]
     if data.source == PHANTOMS:
@@ -69,6 +76,7 @@ def prepare_data(config: PretrainConfig, workdir: Path, terminal: Terminal) -> P
             flip=data.flip,
             window=data.window,
             seed=config.seed,
+            rows=rows,
             threads=data.threads,
             workers=data.processes,
             weights=data.mixture(),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mambamim_jax.train.optim import AdamW, Schedule, map_with_path, paths
+from mambamim_jax.train.sharding import Placement, on_host
 from mambamim_jax.types import Array, NumpyArray, Tree
 
 State: TypeAlias = dict[str, Any]
@@ -25,6 +26,8 @@ RUN_SELDOM: dict[str, str | bool | int | float] = {
     "xla_llvm_disable_expensive_passes": True,
 }
 """For what runs seldom: compiled in a fraction of the time (random numbers: a sixth), but slower."""
+STOP = "stop"
+"""Part of a batch, int32 (devices,): the number of a signal that a device's process has caught, or 0."""
 Loss: TypeAlias = Callable[[Tree, Tree, Batch, Array], tuple[Array, Tree]]
 
 
@@ -92,11 +95,12 @@ def _create(task: Task, optimiser: AdamW, key: Array) -> State:
     return state | ({"ema": jax.tree.map(jnp.copy, params)} if task.ema else {})
 
 
-def initial_state(task: Task, optimiser: AdamW, seed: int) -> State:
-    """The state before the first update."""
-    create = partial(_create, task, optimiser)
-    state = jax.jit(create, compiler_options=RUN_SELDOM)(jax.random.key(seed))
-    return with_loaded(state, task.loaded)
+def initial_state(task: Task, optimiser: AdamW, seed: int, placement: Placement | None = None) -> State:
+    """The state before the first update, divided as ``placement`` says."""
+    create = lambda seed: _create(task, optimiser, jax.random.key(seed))  # noqa: E731
+    shardings = placement.shardings(abstract_state(task, optimiser)) if placement else None
+    init = jax.jit(create, out_shardings=shardings, compiler_options=RUN_SELDOM)
+    return with_loaded(init(np.int32(seed)), task.loaded)
 
 
 def with_loaded(state: State, loaded: Mapping[str, NumpyArray]) -> State:
@@ -120,7 +124,13 @@ def step_key(seed: int, step: Array | int) -> Array:
 
 
 def make_step(
-    task: Task, optimiser: AdamW, schedule: Schedule, *, seed: int, accumulate: int = 1
+    task: Task,
+    optimiser: AdamW,
+    schedule: Schedule,
+    *,
+    seed: int,
+    accumulate: int = 1,
+    placement: Placement | None = None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
     """The jitted step: (state, batch) → (state, metrics). The given state is donated.
 
@@ -128,15 +138,18 @@ def make_step(
 
     Args:
       accumulate: micro-batches per update; gradient and loss are their means, BatchNorm sees each in turn.
+      placement: over which devices, and how; None for one device.
 
     Returns:
       A function whose metrics are {"loss", "grad_norm", "lr", "weight_decay", "finite", "grad_squares"}, the
-      last being the squared gradient norm of each tensor in the order of ``optimiser.trained``.
+      last being the squared gradient norm of each tensor in the order of ``optimiser.trained``; and "stop",
+      the largest entry of the batch's ``STOP`` where it has one.
     """
-    table = jnp.asarray(np.asarray(schedule.table(), dtype=np.float32))
+    table = np.asarray(schedule.table(), dtype=np.float32)
 
     def step(state: State, table: Array, batch: Batch) -> tuple[State, dict[str, Any]]:
         key_prepare, key_loss = jax.random.split(step_key(seed, state["step"]))
+        batch, stop = {name: part for name, part in batch.items() if name != STOP}, batch.get(STOP)
         batch = task.prepare(batch, key_prepare)
         loss, grads, stats = _gradients(task.loss, state, batch, key_loss, accumulate)
         lr, decay = table[state["step"]]
@@ -148,10 +161,17 @@ def make_step(
             new["ema"] = _average(state["ema"], params, task.ema, state["step"])
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "weight_decay": decay, "finite": finite}
-        return new, metrics | {"grad_squares": squares}
+        metrics |= {"grad_squares": squares} | ({} if stop is None else {"stop": jnp.max(stop)})
+        return new, metrics
 
-    jitted = jax.jit(step, donate_argnums=0)
-    return lambda state, batch: jitted(state, table, batch)
+    if placement is None:
+        jitted, placed = jax.jit(step, donate_argnums=0), jnp.asarray(table)
+    else:
+        # Pinned, or else the moments come back whole on every device and the next step is compiled anew.
+        out = (placement.shardings(abstract_state(task, optimiser)), placement.everywhere)
+        jitted = jax.jit(placement.traced(step), donate_argnums=0, out_shardings=out)
+        placed = placement.whole(table)
+    return lambda state, batch: jitted(state, placed, batch)
 
 
 def _average(ema: Tree, params: Tree, decay: float, step: Array) -> Tree:
@@ -168,7 +188,7 @@ def _gradients(
     if accumulate == 1:
         (value, stats), grads = differentiate(state["params"], state["batch_stats"], batch, key)
         return value, grads, stats
-    pieces = jax.tree.map(lambda a: a.reshape(accumulate, a.shape[0] // accumulate, *a.shape[1:]), batch)
+    pieces = jax.tree.map(lambda a: _every(a, accumulate), batch)
 
     def one(carry: tuple[Array, Tree, Tree], piece: tuple[Batch, Array]) -> tuple[Any, None]:
         value, grads, stats = carry
@@ -178,6 +198,11 @@ def _gradients(
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["params"]), state["batch_stats"])
     (value, grads, stats), _ = jax.lax.scan(one, start, (pieces, jax.random.split(key, accumulate)))
     return value / accumulate, jax.tree.map(lambda g: g / accumulate, grads), stats
+
+
+def _every(rows: Array, count: int) -> Array:
+    """(b, …) → (count, b/count, …), piece i being every count-th row from i on: no row leaves its device."""
+    return rows.reshape(rows.shape[0] // count, count, *rows.shape[1:]).swapaxes(0, 1)
 
 
 class NonFiniteError(RuntimeError):
@@ -199,7 +224,7 @@ def explain_non_finite(
       batch: what it was given.
     """
     given = {"batch": batch, "params": state["params"], "batch_stats": state["batch_stats"]}
-    inputs = [path for path, leaf in paths(given).items() if not np.isfinite(np.asarray(leaf)).all()]
+    inputs = [path for path, ok in zip(paths(given), on_host(_finite, given)) if not ok]
     finite = np.isfinite(np.asarray(metrics["grad_squares"]))
     gradients = [name for name, ok in zip(names, finite) if not ok]
     where = _listed("inputs", inputs) if inputs else "batch, parameters and batch statistics are finite"
@@ -207,6 +232,10 @@ def explain_non_finite(
         f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}; {where}; "
         f"{_listed('gradients', gradients)} of {len(names)}; the update was discarded"
     )
+
+
+def _finite(tree: Tree) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
 
 
 def _listed(what: str, names: list[str], shown: int = 6) -> str:

@@ -1,5 +1,6 @@
 """Batches: the same whatever the threads, processes and restarts; every volume once per epoch."""
 
+import itertools
 import json
 from collections import Counter
 
@@ -52,19 +53,18 @@ def test_any_number_of_threads(prepared):
     assert not equal(other, expected)
 
 
-def test_any_number_of_processes(prepared):
-    whole = take(iter(loader.PretrainLoader(prepared, **OPTIONS)), 6)
-    for count in (2, 4):
-        parts = [
-            take(iter(loader.PretrainLoader(prepared, **OPTIONS, process_index=i, process_count=count)), 6)
-            for i in range(count)
-        ]
-        for number, batch in enumerate(whole):
-            volumes = batch["image"].reshape(4, 2, *OPTIONS["crop"], 1)
-            for i in range(count):
-                assert np.array_equal(parts[i][number]["index"], batch["index"][i::count])
-                mine = volumes[i::count].reshape(-1, *OPTIONS["crop"], 1)
-                assert np.array_equal(parts[i][number]["image"], mine)
+@pytest.mark.parametrize("bounds", [(0, 4, 8), (0, 2, 4, 6, 8), (0, 1, 3, 8)], ids=str)
+def test_any_number_of_processes(prepared, bounds):
+    """Parts of a batch, also of a volume, laid end to end are the batch."""
+    whole = take(iter(loader.PretrainLoader(prepared, **OPTIONS)), 3)
+    spans = [range(*pair) for pair in itertools.pairwise(bounds)]
+    parts = [take(iter(loader.PretrainLoader(prepared, **OPTIONS, rows=rows)), 3) for rows in spans]
+    for number, batch in enumerate(whole):
+        images = [part[number]["image"] for part in parts]
+        assert np.array_equal(np.concatenate(images), batch["image"])
+        for rows, part in zip(spans, parts):
+            volumes = batch["index"][rows[0] // 2 : rows[-1] // 2 + 1]
+            assert np.array_equal(part[number]["index"], volumes)
 
 
 def test_every_epoch_holds_every_volume_once(prepared):
@@ -91,9 +91,9 @@ def test_resumes_in_mid_epoch_bit_for_bit(prepared):
     take(used, 5)
     used.set_state(state)
     assert equal(take(used, 4), expected)
-    halves = iter(loader.PretrainLoader(prepared, **OPTIONS, process_index=1, process_count=2))
-    halves.set_state(state)
-    assert np.array_equal(next(halves)["index"], expected[0]["index"][1::2])
+    half = iter(loader.PretrainLoader(prepared, **OPTIONS, rows=range(4, 8)))
+    half.set_state(state)
+    assert np.array_equal(next(half)["image"], expected[0]["image"][4:])
 
 
 def test_refuses_a_state_of_something_else(prepared, tmp_path):
@@ -109,8 +109,8 @@ def test_refuses_a_state_of_something_else(prepared, tmp_path):
     fewer = store.prepare(datasets.discover(source)[1:], prepared.folder, workers=1)
     with pytest.raises(ValueError, match="fingerprint"):
         iter(loader.PretrainLoader(fewer, **OPTIONS)).set_state(state)
-    with pytest.raises(ValueError, match="not a multiple of 3 processes"):
-        loader.PretrainLoader(prepared, **OPTIONS, process_count=3)
+    with pytest.raises(ValueError, match=r"range\(4, 9\), expected neighbouring rows of a batch's 8"):
+        loader.PretrainLoader(prepared, **OPTIONS, rows=range(4, 9))
     with pytest.raises(ValueError, match="no usable volume"):
         loader.PretrainLoader(store.Store(prepared.folder, prepared.spec, [], []), **OPTIONS)
     with pytest.raises(ValueError, match="dtype 'float16'"):

@@ -60,7 +60,7 @@ def test_accumulation_is_the_mean_over_micro_batches():
     twice = make_step(task, plain, SCHEDULE, seed=3, accumulate=2)
     state = initial_state(task, plain, seed=3)
     batch = tiny_batch(0)
-    halves = [{"image": batch["image"][:32]}, {"image": batch["image"][32:]}]
+    halves = [{"image": batch["image"][i::2]} for i in range(2)]
     gradient = jax.value_and_grad(task.loss, has_aux=True)
     expected_loss, expected = 0.0, []
     for half in halves:

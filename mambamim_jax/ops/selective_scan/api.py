@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+from jax.sharding import PartitionSpec
 
+from mambamim_jax.ops import partition
 from mambamim_jax.ops.selective_scan import associative, reference, sequential, triton
 from mambamim_jax.ops.selective_scan.contract import ScanInputs, like_inputs
 from mambamim_jax.types import Array
@@ -90,12 +92,25 @@ def selective_scan(
     if name in PLAIN:
         y, last = PLAIN[name](inputs, reverse)
     elif name in KERNELS:
-        y, last = _kernel_scan(name, reverse, inputs)
+        y, last = _scan_parts(name, reverse, inputs)
     else:
         raise ValueError(
             f"selective_scan: unknown implementation {name!r}, expected one of {IMPLEMENTATIONS}"
         )
     return (y, last) if return_last_state else y
+
+
+def _scan_parts(name: str, reverse: bool, inputs: ScanInputs) -> tuple[Array, Array]:
+    """`_kernel_scan`, on a mesh every device its rows and channels: the compiler cannot look into a kernel."""
+    if partition.ambient() is None or name != "pallas_triton":
+        return _kernel_scan(name, reverse, inputs)
+    (b, _, e), P, of = inputs.u.shape, PartitionSpec, cast(Any, ScanInputs)
+    rows, width = partition.rows(b), partition.width(e)
+    tokens, shared, channels, state = P(rows, None, width), P(rows), P(width), P(rows, width)
+    specs = of(tokens, tokens, channels, shared, shared, channels, tokens, channels, state)
+    given = of(*(None if array is None else spec for array, spec in zip(inputs, specs)))
+    scan = functools.partial(_kernel_scan, name, reverse)
+    return jax.shard_map(scan, in_specs=(given,), out_specs=(tokens, state), check_vma=False)(inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,0 +1,190 @@
+"""Where a run's arrays live: a mesh of devices, and rules by path that say how each tensor is divided over it.
+
+The mesh has three axes: ``data`` and ``fsdp`` divide the batch; ``fsdp`` also divides the matrices and kernels and
+their moments; ``model`` divides the widths of convolutions and of Mamba. Networks know nothing of it.
+Under `jax.jit` a batch that is divided is one batch still: sums, BatchNorm and the loss are global.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mambamim_jax.ops.partition import ROWS, WIDTH
+from mambamim_jax.settings import ConfigError, MeshConfig
+from mambamim_jax.train.optim import map_with_path
+from mambamim_jax.types import NumpyArray
+
+AXES = (*ROWS, WIDTH)
+F = TypeVar("F", bound=Callable[..., Any])
+
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"mamba/(x_proj|out_proj)/kernel$", ("model", "fsdp")),
+    (r"(fc2|project)/kernel$", ("model", "fsdp")),
+    (r"mamba/A_log$", ("model", None)),
+    (r"mamba/(conv_kernel|conv_bias|dt_bias|D)$", ("model",)),
+    (r"depthwise/kernel$", ("model",)),
+    (r"(decoder|classify)/kernel$", ("fsdp", None)),
+    (r"transition$", ("fsdp", None)),
+    (r"kernel$", ("fsdp", "model")),
+)
+"""(path, axes of the tensor's last dimensions); the first that matches counts, and what matches none stays whole.
+
+Kernels end in (in, out). One that reads what another has widened is divided over its inputs, so that a pair needs a
+single sum over devices. Biases, norms, batch statistics and mask tokens are vectors of a few hundred numbers."""
+
+
+def divide(path: str, shape: Sequence[int], sizes: dict[str, int]) -> PartitionSpec:
+    """How a tensor is divided.
+
+    Where ``fsdp`` does not divide its dimension it joins ``model``'s, or else leaves the tensor whole.
+
+    Args:
+      path: as ``optim.paths`` writes it. shape: the tensor's. sizes: of the mesh's axes.
+
+    Raises: ConfigError where ``model`` does not divide a width.
+    """
+    wanted = next((axes for pattern, axes in RULES if re.search(pattern, path)), ())
+    names = [None] * (len(shape) - len(wanted)) + list(wanted)
+    place = {name: dim for dim, name in enumerate(names) if name}
+    spec: list[Any] = [name if name and sizes[name] > 1 else None for name in names]
+    width, fsdp = place.get(WIDTH), place.get("fsdp")
+    if width is not None and shape[width] % sizes[WIDTH]:
+        found = f"{sizes[WIDTH]} devices for {path} {tuple(shape)}"
+        advice = f"choose a divisor of {math.gcd(*shape[-2:])}"
+        raise ConfigError("config.mesh.model", found, f"a divisor of {shape[width]} channels", advice)
+    if fsdp is not None and shape[fsdp] % sizes["fsdp"]:
+        spec[fsdp] = None
+        if width is not None and shape[width] % (sizes[WIDTH] * sizes["fsdp"]) == 0:
+            spec[width] = (WIDTH, "fsdp")
+    return PartitionSpec(*spec)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A mesh, and what goes where on it."""
+
+    mesh: Mesh
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """A copy on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def by_rows(self) -> NamedSharding:
+        """The first dimension, the batch, divided over ``data`` and ``fsdp``."""
+        return NamedSharding(self.mesh, PartitionSpec(ROWS))
+
+    def shardings(self, state: Any) -> Any:
+        """The tree's sharding, leaf by leaf.
+
+        Raises: ConfigError where ``model`` does not divide a width.
+        """
+        sizes = dict(self.mesh.shape)
+        return map_with_path(lambda p, leaf: NamedSharding(self.mesh, divide(p, leaf.shape, sizes)), state)
+
+    def like(self, state: Any) -> Any:
+        """Shapes and dtypes with their shardings, for restoring."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            self.shardings(state),
+        )
+
+    def traced(self, function: F) -> F:
+        """The function, traced with the mesh around it so that ``ops.partition`` sees it."""
+
+        def under_mesh(*args: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return function(*args)
+
+        return under_mesh  # type: ignore[return-value]
+
+    def rows(self, batch: int) -> range:
+        """The rows of a global batch of this size that this process's devices hold, and so has to read."""
+        spans = self.by_rows.addressable_devices_indices_map((batch,)).values()
+        bounds = sorted({(rows[0].start or 0, rows[0].stop or batch) for rows in spans if rows})
+        first, stop = bounds[0][0], bounds[-1][1]
+        return range(first, stop)
+
+    def put(self, batch: dict[str, NumpyArray]) -> dict[str, jax.Array]:
+        """This process's rows of each part → arrays over all devices; does not wait for the transfer."""
+        if not self.mesh.is_multi_process:
+            return jax.device_put(batch, self.by_rows)
+        return {name: self._global(self.by_rows, part) for name, part in batch.items()}
+
+    def flag(self, value: int) -> jax.Array:
+        """int32 (devices,): this process's value on each of its devices."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXES))
+        mine = len(sharding.addressable_devices)
+        return self._global(sharding, np.full(mine, value, np.int32))
+
+    def _global(self, sharding: NamedSharding, part: NumpyArray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, part)
+
+    def whole(self, array: Any) -> jax.Array:
+        """A host array, the same on all processes, copied to every device."""
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, self.everywhere, lambda index: array[index])
+
+    def bytes_per_device(self, state: Any) -> int:
+        """What one device holds of a state."""
+        shards = jax.tree.map(lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+                              state, self.shardings(state))  # fmt: skip
+        return sum(jax.tree.leaves(shards))
+
+
+@cache
+def _replicating(function: Callable, mesh: Mesh | None) -> Callable:
+    return jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()) if mesh else None)
+
+
+def on_host(function: Callable[[Any], Any], tree: Any) -> Any:
+    """function(tree), computed where the tree lies and fetched to every process's host."""
+    sharding = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return jax.device_get(_replicating(function, mesh)(tree))
+
+
+def one_device() -> Placement:
+    """The mesh of the first device alone."""
+    return make_placement(MeshConfig(), 1, jax.local_devices()[:1])
+
+
+def make_placement(config: MeshConfig, batch: int, devices: Sequence[jax.Device] | None = None) -> Placement:
+    """The mesh that the settings ask for, over all devices.
+
+    Args:
+      config: sizes of the axes, one of which may be -1: what the others leave.
+      batch: rows that are computed at once, of all devices together.
+
+    Raises: ConfigError where sizes, devices and batch do not fit.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    open_axis = next((axis for axis, size in sizes.items() if size == -1), None)
+    given = math.prod(size for size in sizes.values() if size != -1)
+    asked = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if open_axis and len(devices) % given == 0:
+        sizes[open_axis] = len(devices) // given
+    elif open_axis or given != len(devices):
+        advice = "set one of config.mesh.{data,fsdp,model} to -1 to take what the others leave"
+        expected = f"sizes whose product is the {len(devices)} devices here"
+        raise ConfigError("config.mesh", f"found {asked}", expected, advice)
+    parts = math.prod(sizes[axis] for axis in ROWS)
+    if batch % parts:
+        found = f"data × fsdp = {parts} devices for {batch} crops at once"
+        advice = "change data.volumes_per_batch, optim.accumulate or move devices to mesh.model"
+        raise ConfigError("config.mesh", found, "a number that divides them", advice)
+    shape = tuple(sizes.values())
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Placement(mesh)

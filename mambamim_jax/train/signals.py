@@ -1,0 +1,41 @@
+"""Signals that end a run early, and the exit code that asks for it to be started again."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+TRY_AGAIN = 75
+"""Exit code of a run that has saved and wants to be continued (EX_TEMPFAIL); the batch files requeue on it."""
+PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers send before they take a machine away."""
+
+
+def exit_code(number: int) -> int:
+    """Of a run that a signal ended: 75 where a scheduler wants the machine back, else 128 + the signal."""
+    return TRY_AGAIN if number in PREEMPTIONS else 128 + number if number else 0
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """SIGINT, SIGTERM and SIGUSR1 fill the list, so that the loop can save and end; a second one acts as usual."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, *PREEMPTIONS)}
+
+    def handle(number: int, frame: Any) -> None:
+        caught.append(number)
+        signal.signal(number, usual[signal.Signals(number)])
+
+    for number in usual:
+        signal.signal(number, handle)
+    try:
+        yield caught
+    finally:
+        for number, before in usual.items():
+            signal.signal(number, before)
