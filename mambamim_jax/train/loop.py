@@ -197,7 +197,7 @@ class _Run:
                     self.signal = caught[0]
                 last = step == self.steps or bool(self.signal)
                 drawing, saving = last or step % log.panel_every == 0, last or step % every == 0
-                validating = self.validates(step) and (not caught or step == self.steps)
+                validating = self.validates(step) and (not self.signal or step == self.steps)
                 if drawing or saving or validating:
                     self.settle(pending, state, show)
                     pending = None

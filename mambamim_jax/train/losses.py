@@ -22,9 +22,9 @@ def patch_statistics(tokens: Array) -> tuple[Array, Array]:
       tokens: (b, l, p³c), the voxels of each patch.
 
     Returns:
-      mean and sqrt(unbiased variance + 1e-6), both (b, l, 1) float32.
+      mean and sqrt(unbiased variance + 1e-6), both (b, l, 1), float32 or wider.
     """
-    tokens = tokens.astype(jnp.float32)
+    tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))
     mean = jnp.mean(tokens, axis=-1, keepdims=True)
     variance = jnp.var(tokens, axis=-1, keepdims=True, ddof=1)
     return mean, jnp.sqrt(variance + VARIANCE_FLOOR)
@@ -41,13 +41,13 @@ def reconstruction_loss(reconstruction: Array, image: Array, mask: Mask) -> Arra
       mask: which patches were seen.
 
     Returns:
-      The loss, a float32 scalar.
+      The loss, a scalar, float32 or wider.
     """
-    side = image.shape[1] // mask.grid[0]
-    tokens = patchify(image.astype(jnp.float32), side)
+    side, wide = image.shape[1] // mask.grid[0], jnp.promote_types(reconstruction.dtype, jnp.float32)
+    tokens = patchify(image.astype(wide), side)
     mean, deviation = patch_statistics(tokens)
-    error = patchify(reconstruction.astype(jnp.float32), side) - (tokens - mean) / deviation
-    hidden = (mask.slots == mask.kept).astype(jnp.float32)
+    error = patchify(reconstruction.astype(wide), side) - (tokens - mean) / deviation
+    hidden = (mask.slots == mask.kept).astype(wide)
     return jnp.sum(jnp.mean(error**2, axis=-1) * hidden) / jnp.sum(hidden)
 
 

@@ -1,0 +1,171 @@
+"""Run in a process of its own with fake devices: a small network's first steps on many meshes, compared and checked.
+
+    python -m tests.train.sharded mini 1 2,1,1 1,2,1 …
+
+mini: one layer of every kind that the rules know, quick to compile; hymamba: the pre-training network, made small.
+Then micro-batches, then meshes (data, fsdp, model). Prints one line of JSON a mesh. Adam's epsilon is large, as with
+the usual one it makes full-sized steps of gradients that are zero but for rounding, such as those of a bias before
+BatchNorm.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mambamim_jax.model.decoder import BatchNorm, DecoderConv3
+from mambamim_jax.model.mamba import MambaLayer
+from mambamim_jax.model.mask import draw_mask
+from mambamim_jax.model.masked_layers import MedNeXtBlock, Pointwise
+from mambamim_jax.model.packed import pack, unpack
+from mambamim_jax.model.upsample import Upsample2
+from mambamim_jax.settings import (
+    DataConfig,
+    HyMambaConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+)
+from mambamim_jax.train.build import batch_stats, to_dicts
+from mambamim_jax.train.loop import make_optimiser
+from mambamim_jax.train.losses import reconstruction_loss
+from mambamim_jax.train.optim import paths
+from mambamim_jax.train.pretrain import mim_task
+from mambamim_jax.train.sharding import divide, make_placement
+from mambamim_jax.train.step import STOP, Task, initial_state, make_step
+
+STEPS, BATCH = 20, 8
+SIZES = HyMambaConfig((8, 8, 16, 16, 48), depths=(1, 1, 1, 1), expansion=(2, 2, 2, 2), mamba_depth=1, state=4)
+OPTIM = OptimConfig(learning_rate=1e-2, warmup=0.2, eps=1e-4)
+
+
+class Mini(nnx.Module):
+    """Convolution and BatchNorm, a MedNeXt block, a Mamba layer over the patches, upsampling, one output channel."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        dtype = jnp.float32
+        self.conv = DecoderConv3(1, 8, dtype=dtype, rngs=rngs)
+        self.norm = BatchNorm(8)
+        self.block = MedNeXtBlock(8, 2, dtype=dtype, rngs=rngs)
+        self.layer = MambaLayer(64, state=4, dtype=dtype, rngs=rngs)
+        self.upsample = Upsample2(8, 8, dtype=dtype, rngs=rngs)
+        self.classify = Pointwise(8, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, mask):
+        x = jax.nn.relu(self.norm(self.conv(x), True))
+        packed = self.block(pack(x, mask), mask)
+        b, k, *rest = packed.shape
+        packed = self.layer(packed.reshape(b, k, -1)).reshape(b, k, *rest)
+        coarse = unpack(packed, mask)[:, ::2, ::2, ::2]
+        return self.classify(self.upsample(coarse))
+
+
+def mini_task() -> Task:
+    """Reconstruction of hidden patches of 2³ voxels by ``Mini``."""
+    graph, *_ = nnx.split(nnx.eval_shape(lambda: Mini(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)
+
+    def loss(params, stats, batch, key):
+        module = nnx.merge(graph, params, stats)
+        rebuilt = module(batch["image"], batch["mask"])
+        return reconstruction_loss(rebuilt, batch["image"], batch["mask"]), batch_stats(module)
+
+    def prepare(batch, key):
+        return batch | {"mask": draw_mask(key, BATCH, (2, 2, 2), 0.5)}
+
+    return Task("mini", lambda key: to_dicts(Mini(nnx.Rngs(key))), loss, prepare)
+
+
+def small_task() -> Task:
+    """Pre-training of a HyMamba whose widths eight devices divide."""
+    data = DataConfig(source="phantoms", crop=(32, 32, 16), crops_per_volume=1, volumes_per_batch=BATCH)
+    model = ModelConfig(hymamba=SIZES, decoder_width=128, mask_ratio=0.5)
+    return mim_task(PretrainConfig(data=data, model=model))
+
+
+TASKS = {"mini": (mini_task, (4, 4, 4)), "hymamba": (small_task, (32, 32, 16))}
+
+
+def batch(step: int, crop: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """A global batch that is a function of the step."""
+    return {"image": np.random.default_rng(step).uniform(size=(BATCH, *crop, 1)).astype(np.float32)}
+
+
+class Compilations:
+    """Counts what XLA compiles from now on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, seconds: float, **_: object) -> None:
+        self.count += event.endswith("backend_compile_duration")
+
+
+def train(name: str, accumulate: int, sizes: tuple[int, ...]) -> dict:
+    """The state and the losses after ``STEPS`` steps, the placement, and what was compiled after the first step."""
+    devices, (make, crop) = jax.devices()[: int(np.prod(sizes))], TASKS[name]
+    placement, task = make_placement(MeshConfig(*sizes), BATCH // accumulate, devices), make()
+    optimiser, schedule = make_optimiser(OPTIM, STEPS, task.unused_parameters)
+    state = initial_state(task, optimiser, 0, placement)
+    step = make_step(task, optimiser, schedule, seed=0, accumulate=accumulate, placement=placement)
+    quiet, losses, late = placement.flag(0), [], None
+    for number in range(STEPS):
+        with jax.transfer_guard("disallow"):
+            state, metrics = step(state, placement.put(batch(number, crop)) | {STOP: quiet})
+        losses.append(float(jax.device_get(metrics["loss"])))
+        late = late or Compilations()
+    return {"state": state, "losses": losses, "placement": placement, "late": late.count}
+
+
+def not_divided(run: dict) -> list[str]:
+    """Tensors that the rules divide and that are not divided so on the devices, or lie elsewhere twice."""
+    wrong, sizes = [], dict(run["placement"].mesh.shape)
+    for path, leaf in paths(run["state"]).items():
+        spec = divide(path, leaf.shape, sizes)
+        used = [axis for axes in spec for axis in ([axes] if isinstance(axes, str) else axes or ())]
+        parts = int(np.prod([sizes[axis] for axis in used])) if used else 1
+        shards = {str(shard.index) for shard in leaf.addressable_shards}
+        held = {shard.data.size for shard in leaf.addressable_shards}
+        if len(shards) != parts or held != {leaf.size // parts}:
+            wrong.append(f"{path} {leaf.shape} {spec}: {leaf.sharding}")
+    return wrong
+
+
+def divided_share(run: dict) -> float:
+    """Share of the parameters and moments that no device holds whole."""
+    leaves = jax.tree.leaves({name: run["state"][name] for name in ("params", "opt_state")})
+    return sum(a.size for a in leaves if not a.sharding.is_fully_replicated) / sum(a.size for a in leaves)
+
+
+def difference(run: dict, one: dict) -> dict[str, float]:
+    """The largest relative difference of losses, and of parameters, moments and statistics (absolute below 1)."""
+    far = lambda a, b: float(np.max(np.abs(a - b) / np.maximum(np.abs(b), 1.0)))  # noqa: E731
+    mine, theirs = (jax.device_get(paths(r["state"])) for r in (run, one))
+    losses = [np.asarray(r["losses"]) for r in (run, one)]
+    return {"loss": far(*losses), "state": max(far(mine[path], theirs[path]) for path in theirs)}
+
+
+def main(name: str, accumulate: str, *meshes: str) -> None:
+    one = train(name, int(accumulate), (1, 1, 1))
+    for mesh in meshes:
+        run = train(name, int(accumulate), tuple(map(int, mesh.split(","))))
+        report = {
+            "mesh": mesh,
+            "late": run["late"],
+            "not_divided": not_divided(run),
+            "share": divided_share(run),
+        }
+        print(
+            json.dumps(report | difference(run, one) | {"fell": one["losses"][0] - one["losses"][-1]}),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

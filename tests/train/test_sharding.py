@@ -1,0 +1,121 @@
+"""Devices: the mesh from the settings, the rules, and training that does not depend on how many devices there are."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mambamim_jax.settings import ConfigError, MeshConfig, PretrainConfig
+from mambamim_jax.train.optim import paths
+from mambamim_jax.train.pretrain import mim_task
+from mambamim_jax.train.sharding import divide, make_placement
+
+ROOT = Path(__file__).parents[2]
+FEW = ("1,2,1", "4,1,1", "1,1,8", "2,2,2")
+ALL = tuple(
+    f"{2**a},{2**b},{2**c}"
+    for n in (1, 2, 3)
+    for a in range(n + 1)
+    for b in range(n + 1 - a)
+    for c in [n - a - b]
+)
+
+
+def on_fake_devices(*arguments: str) -> list[dict]:
+    """Reports of ``tests.train.sharded`` on eight devices."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, "-W", "error", "-m", "tests.train.sharded", *arguments]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", ["1", "2"])
+def test_twenty_steps_are_those_of_one_device(accumulate):
+    """On every mesh with MAMBAMIM_MESHES=all; also: one compilation, no hidden transfer, nothing left whole."""
+    meshes = FEW if accumulate == "1" else FEW[-1:]
+    if os.environ.get("MAMBAMIM_MESHES") == "all":
+        meshes = ALL if accumulate == "1" else tuple(m for m in ALL if not m.startswith("8"))
+    for report in on_fake_devices("mini", accumulate, *meshes):
+        assert report["fell"] > 0.01, report
+        assert report["loss"] < 1e-5, report
+        assert report["state"] < 1e-5, report
+        assert report["late"] == 0, report
+        assert report["not_divided"] == [], report
+        if not report["mesh"].endswith("1,1"):
+            assert report["share"] > 0.95, report
+
+
+def sizes(data=1, fsdp=1, model=1):
+    return {"data": data, "fsdp": fsdp, "model": model}
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "mesh", "expected"),
+    [
+        (
+            "decoder/refine/0/conv1/kernel",
+            (3, 3, 3, 64, 32),
+            sizes(2, 2, 2),
+            P(None, None, None, "fsdp", "model"),
+        ),
+        ("opt_state/mu/encoder/mamba/layers/0/fc2/kernel", (96, 48), sizes(1, 4, 2), P("model", "fsdp")),
+        ("encoder/mamba/layers/0/mamba/A_log", (96, 16), sizes(model=8), P("model", None)),
+        ("encoder/mamba/layers/0/mamba/D", (96,), sizes(model=8), P("model")),
+        (
+            "encoder/stem/kernel",
+            (3, 3, 3, 1, 32),
+            sizes(1, 4, 2),
+            P(None, None, None, None, ("model", "fsdp")),
+        ),
+        ("encoder/stem/kernel", (3, 3, 3, 1, 6), sizes(1, 4, 1), P(None, None, None, None, None)),
+        ("decoder/norm/scale", (64,), sizes(2, 2, 2), P(None)),
+        ("opt_state/count", (), sizes(2, 2, 2), P()),
+    ],
+)
+def test_rules(path, shape, mesh, expected):
+    assert divide(path, shape, mesh) == expected
+
+
+def test_the_rules_divide_nearly_all_of_the_published_network():
+    task = mim_task(PretrainConfig())
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    for mesh in (sizes(fsdp=8), sizes(model=8), sizes(2, 4, 4)):
+        whole = sum(
+            leaf.size for path, leaf in paths(params).items() if not any(divide(path, leaf.shape, mesh))
+        )
+        assert whole < 0.01 * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_sizes_that_do_not_fit_are_one_clear_line():
+    devices = [jax.devices()[0]] * 8
+    with pytest.raises(
+        ConfigError, match=r"config.mesh: found data 3 × fsdp 1 × model 1; expected .* the 8 devices"
+    ):
+        make_placement(MeshConfig(data=3), 12, devices)
+    with pytest.raises(ConfigError, match=r"config.mesh: found data -1 × fsdp 3 × model 1"):
+        make_placement(MeshConfig(fsdp=3), 12, devices)
+    with pytest.raises(ConfigError, match=r"data × fsdp = 8 devices for 12 crops at once"):
+        make_placement(MeshConfig(), 12, devices)
+    with pytest.raises(
+        ConfigError, match=r"config.mesh.model: 8 devices for a/kernel \(4, 12\); .*choose a divisor of 4"
+    ):
+        divide("a/kernel", (4, 12), sizes(model=8))
+
+
+def test_one_device_holds_it_all():
+    placement = make_placement(MeshConfig(), 3)
+    assert placement.rows(6) == range(6)
+    batch = placement.put({"image": np.arange(6.0)})
+    assert batch["image"].sharding == placement.by_rows
+    assert placement.bytes_per_device({"a": jax.ShapeDtypeStruct((3, 5), np.float32)}) == 60
