@@ -11,7 +11,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from mambamim_jax.ops import partition
-from mambamim_jax.ops.selective_scan import associative, reference, sequential, triton
+from mambamim_jax.ops.selective_scan import associative, mosaic, reference, sequential, triton
 from mambamim_jax.ops.selective_scan.contract import ScanInputs, like_inputs
 from mambamim_jax.types import Array
 
@@ -30,6 +30,7 @@ PLAIN = {"reference": reference.scan, "associative": associative.scan}
 KERNELS = {
     "sequential": Kernel(sequential.forward, sequential.backward),
     "pallas_triton": Kernel(triton.forward, triton.backward),
+    "pallas_mosaic": Kernel(mosaic.forward, mosaic.backward),
 }
 """Implementations with a backward pass of their own."""
 IMPLEMENTATIONS = ("auto", *PLAIN, *KERNELS)
@@ -71,24 +72,22 @@ def selective_scan(
         return_last_state: whether to return the state after the last token run too.
         reverse: run from the last token to the first. The initial state then precedes the last token, and the
             last state is the one after token 0.
-        implementation: "auto" (by device), "reference", "associative", "sequential" or "pallas_triton".
+        implementation: "auto" (by device), "reference", "associative", "sequential", "pallas_triton" or
+            "pallas_mosaic".
 
     Returns:
         y (b, l, e) in u's dtype; with ``return_last_state`` also the state (b, e, n), float32, or float64
         where an input is. Arithmetic is in the state's dtype whatever the inputs' are.
 
     Raises:
-        ValueError: if the shapes do not fit each other, or the implementation is unknown.
-        NotImplementedError: for the implementation "pallas_mosaic", whose place is reserved.
+        ValueError: if the shapes do not fit each other, the implementation is unknown, or "pallas_mosaic" is asked
+            for on a GPU older than Hopper or with inputs that it cannot take.
     """
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     _check(inputs)
     name = _choose(inputs) if implementation == "auto" else implementation
     if name == "pallas_mosaic":
-        raise NotImplementedError(
-            "selective_scan: implementation 'pallas_mosaic' is not written yet; "
-            "expected 'auto' or 'pallas_triton' on an NVIDIA GPU"
-        )
+        _require_mosaic(inputs)
     if name in PLAIN:
         y, last = PLAIN[name](inputs, reverse)
     elif name in KERNELS:
@@ -102,7 +101,7 @@ def selective_scan(
 
 def _scan_parts(name: str, reverse: bool, inputs: ScanInputs) -> tuple[Array, Array]:
     """`_kernel_scan`, on a mesh every device its rows and channels: the compiler cannot look into a kernel."""
-    if partition.ambient() is None or name != "pallas_triton":
+    if partition.ambient() is None or not name.startswith("pallas"):
         return _kernel_scan(name, reverse, inputs)
     (b, _, e), P, of = inputs.u.shape, PartitionSpec, cast(Any, ScanInputs)
     rows, width = partition.rows(b), partition.width(e)
@@ -132,13 +131,27 @@ def _kernel_scan_backward(name: str, reverse: bool, residuals: tuple, cotangents
 _kernel_scan.defvjp(_kernel_scan_forward, _kernel_scan_backward)
 
 
-def _choose(inputs: ScanInputs) -> str:
-    """The fastest implementation for the default device and these inputs."""
+def _device() -> tuple[str, str]:
+    """Platform and compute capability of the default device."""
     device: Any = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
     platform = device if isinstance(device, str) else device.platform
+    return platform, getattr(device, "compute_capability", "")
+
+
+def _require_mosaic(inputs: ScanInputs) -> None:
+    """Checked here, since compiling for an older card would abort the process; a CPU may lower for a card."""
+    platform, capability = _device()
+    reason = mosaic.refusal(inputs, *(("gpu", "9.0") if platform == "cpu" else (platform, capability)))
+    if reason is not None:
+        raise ValueError(f"selective_scan: implementation 'pallas_mosaic': {reason}; use 'auto'")
+
+
+def _choose(inputs: ScanInputs) -> str:
+    """The fastest implementation for the default device and these inputs."""
+    platform, capability = _device()
     if platform == "cpu":
         return "sequential"
-    reason = triton.refusal(inputs, platform, getattr(device, "compute_capability", ""))
+    reason = triton.refusal(inputs, platform, capability)
     if reason is None:
         return "pallas_triton"
     _log_once(f"selective_scan: the associative scan runs instead of the GPU kernel: {reason}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mambamim_jax.ops.selective_scan import selective_scan, triton, tuning
+from mambamim_jax.ops.selective_scan import api, selective_scan, triton, tuning
 from tests.ops.selective_scan.cases import assert_close, random_inputs, run
 
 SHAPE = (2, 7, 8, 4)
@@ -28,9 +28,25 @@ def test_unknown_implementation_is_named():
         run(random_inputs(SHAPE), "fast")
 
 
-def test_reserved_implementation_says_so():
-    with pytest.raises(NotImplementedError, match="pallas_mosaic"):
+def test_mosaic_names_what_it_cannot_take(monkeypatch):
+    with pytest.raises(ValueError, match="'pallas_mosaic': found a state of 64"):
+        run(random_inputs((1, 2, 4, 64)), "pallas_mosaic")
+    monkeypatch.setattr(api, "_device", lambda: ("gpu", "8.0"))
+    with pytest.raises(ValueError, match=r"found compute capability 8.0, expected 9.0"):
         run(random_inputs(SHAPE), "pallas_mosaic")
+
+
+def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(api, "_device", lambda: ("gpu", "7.5"))
+    api._log_once.cache_clear()
+    inputs = random_inputs(SHAPE)
+    with caplog.at_level("WARNING"):
+        found = [run(inputs, "auto") for _ in range(2)]
+    assert_close(found[0], run(inputs, "associative"), 0, "auto")
+    assert [record.getMessage() for record in caplog.records] == [
+        "selective_scan: the associative scan runs instead of the GPU kernel: "
+        "found compute capability 7.5, expected 8.0 (Ampere) or newer"
+    ]
 
 
 def test_kernel_says_why_it_refuses():

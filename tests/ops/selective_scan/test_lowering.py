@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mambamim_jax.ops.selective_scan import selective_scan, triton, tuning
+from mambamim_jax.ops.selective_scan import mosaic, selective_scan, triton, tuning
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
@@ -22,12 +22,12 @@ def _target(kind):
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(kind, None, "gpu")))
 
 
-def _custom_calls(function, shape, dtype):
+def _custom_calls(function, shape, dtype, name="__gpu$xla.gpu.triton"):
     b, l, e, n = shape
     shapes = [(b, l, e)] * 2 + [(e, n)] + [(b, l, n)] * 2 + [(e,), (b, l, e), (e,)]
     arrays = [jax.ShapeDtypeStruct(s, jnp.float32 if len(s) < 3 else dtype) for s in shapes]
     lowered = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
-    return lowered.as_text().count("__gpu$xla.gpu.triton")
+    return lowered.as_text().count(f"custom_call @{name}(")
 
 
 @pytest.mark.parametrize(("kind", "capability"), [("NVIDIA A100-SXM4-80GB", (8, 0)), ("NVIDIA H200", (9, 0))])
@@ -48,3 +48,15 @@ def test_lowers_to_one_call_a_kernel(kind, capability, length, forward, gradient
     with _target(kind):
         assert _custom_calls(scan, shape, jnp.bfloat16) == forward
         assert _custom_calls(jax.grad(loss, argnums=tuple(range(8))), shape, jnp.float32) == gradient
+
+
+def test_mosaic_lowers_to_one_call_a_kernel(monkeypatch):
+    monkeypatch.setattr(mosaic, "CHUNKS", (1,))
+
+    def loss(*arrays):
+        return jnp.sum(selective_scan(*arrays, implementation="pallas_mosaic").astype(jnp.float32))
+
+    with _target("NVIDIA H200"):
+        arguments = (2, 3, 40, 1), jnp.bfloat16, "mosaic_gpu_v2"
+        assert _custom_calls(loss, *arguments) == 1
+        assert _custom_calls(jax.grad(loss, argnums=tuple(range(8))), *arguments) == 2
