@@ -82,16 +82,15 @@ def _preprocess(job: dict[str, Any]) -> dict[str, Any]:
     normalised = job.get("intensity", "hu") != "hu"
     if len(job["images"]) != 1 and not normalised:
         raise VolumeError("several_channels", job["images"][0], f"{len(job['images'])} channels, CT has one")
-    contents = [_read(path) for path in job["images"]]
-    digest = contents[0][1] if len(contents) == 1 else _digest_of("".join(digest for _, digest in contents))
+    read = [_read(path) for path in job["images"]]
+    contents, digests = [content for content, _ in read], [digest for _, digest in read]
+    del read  # so that a file's bytes go as soon as they are unpacked
+    digest = digests[0] if len(digests) == 1 else _digest_of("".join(digests))
     label_content, label_digest = _read(job["label"]) if job["label"] else (None, "")
     key = _digest_of(f"{digest}{label_digest}")[:16]
     folder = Path(job["store"]) / "volumes" / f"{_plain(job['id'])}-{key}"
     if not (folder / "meta.json").is_file():
-        parts, meta = (_channels if normalised else _ct)(
-            job, [content for content, _ in contents], label_content
-        )
-        del contents
+        parts, meta = (_channels if normalised else _ct)(job, contents, label_content)
         _write_folder(folder, parts, meta | {"content": digest}, job["encoding"])
     meta = json.loads((folder / "meta.json").read_bytes())
     return {"volume": folder.name, "label_status": meta["label"]}

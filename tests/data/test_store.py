@@ -148,6 +148,16 @@ def test_losses_stop_the_run(source, tmp_path):
         store.prepare(broken, tmp_path / "b", workers=1, max_lost=1.0)
 
 
+def test_channels_that_do_not_fit_have_a_reason(tmp_path):
+    images = [
+        ct_files.write(tmp_path / f"x_000{n}.nii.gz", ct_files.body((20 + n, 20, 16))) for n in range(2)
+    ]
+    case = datasets.Case("x", tuple(images), None, "made up")
+    for code, options in (("several_channels", {}), ("channel_grid", {"intensity": "zscore"})):
+        with pytest.raises(store.DataLossError, match=rf"none of 1 volumes .* \[{code}\]"):
+            store.prepare([case], tmp_path / code, workers=1, **options)
+
+
 def test_wrong_folders_are_one_line(source, tmp_path):
     cases = datasets.discover(source)[1:2]
     store.prepare(cases, tmp_path / "a", workers=1)
