@@ -124,7 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for side in sides:
         rate = side.value / side.median
         kind = "float32" if "float32" in side.name or "MONAI" in side.name else "int16"
-        row = [side.name, f"{rate:.0f}", f"{rate / limit[f'copy {kind}, one core']:.2f}"]
+        row = [
+            side.name,
+            f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}",
+            f"{rate / limit[f'copy {kind}, one core']:.2f}",
+        ]
         whole = side.facts.get("cpu", True)
         row += [
             f"{1e3 * side.cpu_median / side.value:.2f}" if whole else "",
