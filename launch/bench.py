@@ -1,4 +1,4 @@
-"""Benchmarks: python launch/bench.py {step,toki,scan,loader,preprocess} [options]; --help after a name lists them.
+"""Benchmarks: python launch/bench.py {step,toki,scan,loader,preprocess,predict} [options]; NAME --help lists them.
 
 Every figure is a ratio of things run alternately in one run, said with hardware and versions.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-NAMES = ("step", "toki", "scan", "loader", "preprocess")
+NAMES = ("step", "toki", "scan", "loader", "preprocess", "predict")
 
 
 def main(argv: list[str]) -> int:

@@ -125,4 +125,8 @@ def official(description: Mapping[str, Any], params: Tree, stats: Tree, source: 
         raise ConversionError(
             f"{source}: encoder {description['encoder']}; only hymamba has an official form"
         )
+    stem = description["encoder_config"]["channels"][0]
+    if description["task"] == "segment" and description["head_width"] != stem:
+        found = f"head_width {description['head_width']}"
+        raise ConversionError(f"{source}: {found}; the authors' network has that of the stem, {stem}")
     return to_official(params, stats or None, {"size": tuple(description["crop"])})

@@ -7,9 +7,10 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from mambamim_jax.bench import loader, profile, step, toki
+from mambamim_jax.bench import loader, predict, profile, step, toki
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.settings import ConfigError
 from tests.data import ct_files
@@ -118,3 +119,19 @@ def test_loader_reads_every_encoding_warm_and_cold(tmp_path, capsys):
     assert all(f"| {encoding} int16, cold" in printed for encoding in ("npy", "blosc2"))
     assert loader.main([f"--source={tmp_path / 'nowhere'}"]) == 2
     assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_prediction_alone_has_its_windows_and_compares_results(tmp_path, monkeypatch):
+    tiny = {"channels": (4, 6, 4, 4, 6), "depths": (1, 1, 1, 1), "expansion": (1, 1, 1, 1), "mamba_depth": 1}
+    monkeypatch.setitem(predict.SIZES, "tiny", tiny)
+    sizes = predict.write_weights(tmp_path / "weights.npz", "tiny", classes=3, window=16)
+    assert (sizes["depths"], sizes["size"], sizes["classes"]) == ((1, 1, 1, 1, 1), 16, 3)
+    ours = predict.Ours(
+        str(tmp_path / "weights.npz"), (16, 16, 24), 16, 0.5, batch=1, result=str(tmp_path / "result.npy")
+    )
+    assert ours() > 0
+    assert ours.facts() == {"windows": 2}
+    found = np.load(tmp_path / "result.npy")
+    assert found.shape == (16, 16, 24, 3)
+    assert "at most 0.0e+00" in predict._agreement(found, found)
+    assert "labels equal: 100.0000%" in predict._agreement(found, found)

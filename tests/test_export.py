@@ -86,4 +86,10 @@ def test_what_cannot_be_exported_is_one_line(main, run, tmp_path, capsys):
     description = describe(encoder="vision_mamba", encoder_config=own)
     save_model(tmp_path / "other", description, random_params(description))
     refused([tmp_path / "other", tmp_path / "out.pth"], "only hymamba has an official form")
+    wide = describe(head_width=8)
+    save_model(tmp_path / "wide", wide, random_params(wide))
+    refused(
+        [tmp_path / "wide", tmp_path / "out.pth"],
+        "head_width 8; the authors' network has that of the stem, 4",
+    )
     assert not (tmp_path / "out.pth").exists()
