@@ -75,6 +75,8 @@ def _labels(labels: Any, order: Any, path: Path) -> tuple[tuple[str, ...], tuple
     expected = "expected such as {'background': 0, 'liver': 1}, values 0, 1, 2 … without a gap"
     if not isinstance(labels, dict) or not labels:
         raise DatasetError(f"{path}: labels {labels!r}, {expected}")
+    if "ignore" in labels:
+        raise DatasetError(f"{path}: an 'ignore' label, which is not supported; leave such cases out")
     if all(isinstance(name, str) for name in labels.values()):
         labels = {name: value for value, name in labels.items()}
     try:

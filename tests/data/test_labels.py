@@ -47,6 +47,7 @@ def test_regions(tmp_path):
         ({"labels": {"background": 0, "liver": 2}, **CT}, r"label values \[0, 2\]"),
         ({"labels": {"background": 0}, **CT}, r"label values \[0\]"),
         ({"labels": {"background": 0, "liver": None}, **CT}, "without a gap"),
+        ({"labels": {"background": 0, "liver": 1, "ignore": 2}, **CT}, "an 'ignore' label"),
         ({"labels": {"background": 0, "liver": 1}, "channel_names": ["CT"]}, "channel_names"),
     ],
 )
