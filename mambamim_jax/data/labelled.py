@@ -22,7 +22,7 @@ class LabelledLoader(Loader):
     """Crops with their labels; see ``stream.Loader`` for what it promises and its other arguments.
 
     A batch is ``{"image": float32 (b, h, w, d, c), "label": uint8 or uint16 (b, h, w, d), "index": int64
-    (volumes,)}`` with ``b = volumes_per_batch * crops_per_volume / process_count``.
+    (volumes,)}`` with ``b = volumes_per_batch * crops_per_volume``, or as many as ``rows``.
 
     Args:
         store: every volume with labels. crop: voxels (h, w, d).

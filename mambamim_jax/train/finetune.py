@@ -25,6 +25,7 @@ from mambamim_jax.train.loop import Outcome, train
 from mambamim_jax.train.losses import segmentation_loss, targets_of
 from mambamim_jax.train.optim import paths, under
 from mambamim_jax.train.progress import Terminal
+from mambamim_jax.train.sharding import make_placement
 from mambamim_jax.train.step import Batch, Task
 from mambamim_jax.train.validation import HeldOut, without_heads
 from mambamim_jax.train.weights import load_start
@@ -45,16 +46,18 @@ def finetune(config: FinetuneConfig, workdir: Path, terminal: Terminal | None = 
       NonFiniteError: the run broke; the last good checkpoint stays.
     """
     terminal = terminal or Terminal()
+    placement = make_placement(config.mesh, config.data.batch // config.optim.accumulate)
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = open_checkpoints(workdir, config, terminal.say)
     try:
         table = read_labels(config, workdir)
         loaded = {} if checkpoints.steps() else start(config, table, terminal)
         data = prepare_labelled(config, table, workdir, terminal)
-        loader = make_loader(config, data)
+        loader = make_loader(config, data, placement.rows(config.data.batch))
         steps = config.total_steps(loader.batches_per_epoch)
         task = segment_task(config, data, workdir, terminal, steps)
-        return train(dataclasses.replace(task, loaded=loaded), loader, config, workdir, checkpoints, terminal)
+        task = dataclasses.replace(task, loaded=loaded)
+        return train(task, loader, config, workdir, checkpoints, terminal, placement)
     finally:
         checkpoints.close()
 

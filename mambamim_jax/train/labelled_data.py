@@ -100,8 +100,8 @@ def prepare_labelled(
     return LabelledData(table, normalisation, prepared.select(sides[0]), prepared.select(sides[1]))
 
 
-def make_loader(config: FinetuneConfig, data: LabelledData) -> LabelledLoader:
-    """Augmented crops of the training cases."""
+def make_loader(config: FinetuneConfig, data: LabelledData, rows: range | None = None) -> LabelledLoader:
+    """Augmented crops of the training cases; ``rows``: those of each batch that this process reads."""
     names = Augmentation.__dataclass_fields__
     return LabelledLoader(
         data.train,
@@ -112,6 +112,7 @@ def make_loader(config: FinetuneConfig, data: LabelledData) -> LabelledLoader:
         crops_per_volume=config.data.crops_per_volume,
         volumes_per_batch=config.data.volumes_per_batch,
         seed=config.seed,
+        rows=rows,
         threads=config.data.threads,
         workers=config.data.processes,
     )

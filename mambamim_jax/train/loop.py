@@ -22,7 +22,7 @@ from mambamim_jax.train.feed import Feed, Stream
 from mambamim_jax.train.logs import METRICS, RunLog, SilentLog, read_rows
 from mambamim_jax.train.optim import AdamW, Schedule
 from mambamim_jax.train.progress import Show, Terminal, duration
-from mambamim_jax.train.sharding import Placement, one_device
+from mambamim_jax.train.sharding import Placement, on_host, one_device
 from mambamim_jax.train.signals import caught_signals
 from mambamim_jax.train.step import (
     RUN_SELDOM,
@@ -218,8 +218,11 @@ class _Run:
         """What follows the last step; done again where a kill may have come before its end."""
         self.step = int(state["step"])
         self.validate(state)
-        if self.task.validation is not None:
-            self.task.validation.finish(self.step, state)
+        validation = self.task.validation
+        if validation is not None:
+            kept = on_host(_same, held_parts(state))
+            if self.log.validation is not None:
+                validation.finish(self.step, kept)
 
     def settle(self, pending: _Pending, state: State, show: Show) -> None:
         """Waits for a step, checks that it was finite, logs and shows it."""
@@ -248,9 +251,15 @@ class _Run:
         return validation is not None and (step % validation.every == 0 or step == self.steps)
 
     def validate(self, state: State) -> None:
-        """Measures on held-out data, unless that has been done: a run stopped by a signal leaves it owing."""
+        """Measures on held-out data, unless that has been done: a run stopped by a signal leaves it owing.
+
+        All processes fetch the parameters, the first one alone measures.
+        """
         validation, rows = self.task.validation, self.log.validation
-        if validation is None or rows is None or not self.validates(self.step):
+        if validation is None or not self.validates(self.step):
+            return
+        state = on_host(_same, held_parts(state))
+        if rows is None:
             return
         earlier = read_rows(rows.path)
         if earlier and earlier[-1]["step"] == self.step:
@@ -339,6 +348,15 @@ class _Panel:
             return None
         volumes = {title: jax.device_get(parts[title])[0] for title in self.titles}
         return visualise.draw_panel(volumes, heading)
+
+
+def held_parts(state: State) -> State:
+    """What validation reads of a state."""
+    return {name: state[name] for name in ("params", "batch_stats", "ema") if name in state}
+
+
+def _same(tree: State) -> State:
+    return tree
 
 
 def _first_crops(batch: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mamba/A_log$", ("model", None)),
     (r"mamba/(conv_kernel|conv_bias|dt_bias|D)$", ("model",)),
     (r"depthwise/kernel$", ("model",)),
-    (r"(decoder|classify)/kernel$", ("fsdp", None)),
+    (r"(decoder|classify|aux/\d+)/kernel$", ("fsdp", None)),
     (r"transition$", ("fsdp", None)),
     (r"kernel$", ("fsdp", "model")),
 )

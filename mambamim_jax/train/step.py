@@ -40,7 +40,10 @@ def _keep(batch: Batch, key: Array) -> Batch:
 
 
 class Validation(Protocol):
-    """What the loop does on held-out data, at an interval and at the end."""
+    """What the loop does on held-out data, at an interval and at the end; in the first process alone.
+
+    A state is here {"params", "batch_stats", "ema" if there is one}, whole and on the host.
+    """
 
     @property
     def every(self) -> int:
