@@ -105,12 +105,16 @@ class LossConfig:
     cross_entropy: float = 1.0
     background: bool = False
     """Whether the Dice term counts the background as a class; the cross-entropy always does."""
+    background_weight: float = 1.0
+    """Of background voxels in the cross-entropy (labels, not regions): below 1, small organs are found sooner."""
     batch: bool = False
     """Dice of the whole batch at once rather than of each crop: steadier where a crop holds few classes."""
 
     def check(self, key: str) -> None:
         ok = self.dice >= 0 and self.cross_entropy >= 0 and self.dice + self.cross_entropy > 0
         require(ok, f"{key}.dice", self.dice, "weights of zero or more, not both zero")
+        weight = self.background_weight
+        require(weight > 0, f"{key}.background_weight", weight, "a positive number")
 
 
 @dataclass(frozen=True)

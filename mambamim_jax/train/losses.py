@@ -67,6 +67,7 @@ def segmentation_loss(
     dice: float = 1.0,
     cross_entropy: float = 1.0,
     background: bool = False,
+    background_weight: float = 1.0,
     batch: bool = False,
 ) -> Array:
     """Dice plus cross-entropy (METHOD section 8).
@@ -79,6 +80,7 @@ def segmentation_loss(
         the channels, channel 0 being the background.
       dice, cross_entropy: weights.
       background: whether the Dice term counts channel 0 of a softmax.
+      background_weight: of its voxels in the cross-entropy of a softmax, a weighted mean; others weigh 1.
       batch: one Dice of all crops rather than one of each.
 
     Returns:
@@ -92,7 +94,8 @@ def segmentation_loss(
     else:
         logarithm = jax.nn.log_softmax(logits)
         probability = jnp.exp(logarithm)
-        entropy = -jnp.mean(jnp.sum(target * logarithm, axis=-1))
+        weight = 1.0 + (background_weight - 1.0) * target[..., 0]
+        entropy = -jnp.sum(weight * jnp.sum(target * logarithm, axis=-1)) / jnp.sum(weight)
     first = 0 if background or overlapping else 1
     probability, target = probability[..., first:], target[..., first:]
     axes = (0, 1, 2, 3) if batch else (1, 2, 3)

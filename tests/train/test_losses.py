@@ -78,6 +78,10 @@ def test_dice_and_cross_entropy_are_the_definition():
     np.testing.assert_allclose(float(got), 2 * dice + 3 * entropy, rtol=1e-5)
     everything = segmentation_loss(logits, target, background=True, cross_entropy=0.0)
     np.testing.assert_allclose(float(everything), dice_by_hand(p, np.eye(3)[label]), rtol=1e-5)
+    weight = np.where(label == 0, 0.25, 1.0)
+    each = -np.log(np.take_along_axis(p, label[..., None].astype(int), -1))[..., 0]
+    weighed = segmentation_loss(logits, target, dice=0.0, background_weight=0.25)
+    np.testing.assert_allclose(float(weighed), (weight * each).sum() / weight.sum(), rtol=1e-5)
     whole = segmentation_loss(logits, target, batch=True, cross_entropy=0.0)
     one = [a.reshape(1, -1, 1, 1, 3)[..., 1:] for a in (p, np.eye(3)[label])]
     np.testing.assert_allclose(float(whole), dice_by_hand(*one), rtol=1e-5)
