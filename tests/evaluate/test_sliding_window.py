@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +84,25 @@ def test_slabs_come_in_order_and_are_no_thicker_than_a_window():
     assert max(thickness) <= WINDOW[2]
     assert [start for start, _ in slabs] == [0, *np.cumsum(thickness)[:-1]]
     assert sum(thickness) == 64
+
+
+def test_memory_does_not_grow_with_the_length():
+    """Beside the volume itself, a few windows' thicknesses of the output are held."""
+    classes = 64
+    sliding = SlidingWindow(lambda params, x: x * jnp.ones(classes), WINDOW, overlap=0.0)
+    for _ in sliding.stream(draw((24, 24, 40), 1), [PARAMS]):  # compiles
+        pass
+    peaks = []
+    for length in (100, 400):
+        image = draw((24, 24, length), 1)
+        tracemalloc.start()
+        for _ in sliding.stream(image, [PARAMS]):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    thickness = 24 * 24 * WINDOW[2] * classes * 4
+    assert peaks[1] < 1.2 * peaks[0]
+    assert peaks[1] < 4 * thickness < 24 * 24 * 400 * classes * 4 / 5
 
 
 def test_a_second_window_on_the_same_network_is_not_compiled_again():
