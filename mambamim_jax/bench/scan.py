@@ -6,6 +6,7 @@ On a GPU the share of the floor is printed beside: the largest of the times that
 the arithmetic and the exponentials need on that card. Where PyTorch and mamba_ssm's extension
 ``selective_scan_cuda`` can be imported, its kernel is measured too. All sides are timed alternately, many
 iterations inside one launch, so that neither the dispatch of JAX nor that of PyTorch is in the figures.
+On a CPU the time of all processor threads is printed too, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def ours(
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(once, inputs))
         return jax.lax.fori_loop(0, iterations, body, (inputs, start))[1]
 
-    compiled = jax.jit(many).lower(inputs).compile()
+    compiled = jax.jit(many if iterations > 1 else once).lower(inputs).compile()
     jax.block_until_ready(compiled(inputs))
 
     def run() -> float:
@@ -147,13 +148,19 @@ def floor_seconds(b: int, l: int, e: int, mode: str, dtype: str) -> float | None
     return b * l * e * max(need / rate for need, rate in zip(needs, ceilings))
 
 
-def alternate(sides: dict[str, Run], rounds: int) -> dict[str, float]:
-    """The median seconds of each side over rounds in which each runs once."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+def alternate(sides: dict[str, Run], rounds: int) -> dict[str, tuple[float, float]]:
+    """Each side's median seconds, and median processor seconds, over rounds in which each runs once."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
-            times[name].append(run())
-    return {name: statistics.median(values) for name, values in times.items()}
+            wall, processor = time.perf_counter(), time.process_time()
+            seconds = run()
+            busy = (time.process_time() - processor) / (time.perf_counter() - wall)
+            times[name].append((seconds, seconds * busy))
+    return {
+        name: (statistics.median(wall), statistics.median(processor))
+        for name, (wall, processor) in ((name, zip(*values)) for name, values in times.items())
+    }
 
 
 def measure(b: int, l: int, mode: str, names: Sequence[str], options: argparse.Namespace) -> list[list[str]]:
@@ -178,6 +185,7 @@ def measure(b: int, l: int, mode: str, names: Sequence[str], options: argparse.N
             print(f"mamba_ssm is not measured: {error}")
     times = alternate(sides, options.rounds)
     floor, first = floor_seconds(b, l, e, mode, options.dtype), next(iter(times.values()))
+    on_cpu = jax.default_backend() == "cpu"
     return [
         [
             f"{b}, {l}",
@@ -186,9 +194,11 @@ def measure(b: int, l: int, mode: str, names: Sequence[str], options: argparse.N
             f"{seconds * 1e6:.1f}",
             "–" if floor is None else f"{100 * floor / seconds:.0f}%",
             f"{memory[name] / 2**20:.1f}" if name in memory else "–",
-            f"{seconds / first:.2f}",
+            f"{seconds / first[0]:.2f}",
+            f"{processor * 1e6:.1f}" if on_cpu else "–",
+            f"{processor / first[1]:.2f}" if on_cpu else "–",
         ]
-        for name, seconds in times.items()
+        for name, (seconds, processor) in times.items()
     ]
 
 
@@ -202,7 +212,7 @@ def sweep(b: int, l: int, options: argparse.Namespace) -> list[list[str]]:
         sides: dict[str, Run] = {}
         for launch in sweep_launches(base, b * options.width // 32, mode):
             sides[str(tuple(launch))] = ours(inputs, mode, iterations, "pallas_triton", launch)[0]
-        for name, seconds in sorted(alternate(sides, 5).items(), key=lambda item: item[1]):
+        for name, (seconds, _) in sorted(alternate(sides, 5).items(), key=lambda item: item[1]):
             rows.append([f"{b}, {l}", mode, name, f"{seconds * 1e6:.1f}"])
     return rows
 
@@ -235,6 +245,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = [tuple(int(part) for part in size.split("x")) for size in options.grid.split(",")]
     device = jax.devices()[0].device_kind
     title = f"selective scan, e = {options.width}, n = {options.state}, {options.dtype}, {device}"
+    if options.sweep and not on_gpu:
+        parser.error(
+            f"--sweep: found no GPU (the default device is {device}), expected one: it times GPU kernels"
+        )
     if options.sweep:
         rows = [row for b, l in sizes for row in sweep(b, l, options)]
         fields = ", ".join(tuning.Launch._fields)
@@ -243,5 +257,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = options.implementations.split(",")
     rows = [row for b, l in sizes for mode in NEEDS for row in measure(b, l, mode, names, options)]
     header = ["b, l", "pass", "implementation", "µs", "of floor", "scratch MiB", f"time / {names[0]}'s"]
+    header += ["processor µs", "ratio"]
     print_table(title, header, rows)
     return 0

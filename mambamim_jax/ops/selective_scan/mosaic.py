@@ -20,8 +20,8 @@ from mambamim_jax.ops.selective_scan import triton
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
 from mambamim_jax.types import Array
 
-CHUNKS = (4, 3, 2)
-"""Tokens between two saved states: the first that divides the length, or the first of all."""
+CHUNK = 2
+"""Tokens between two saved states, unrolled in the kernels; with 3 the time of lowering grows to minutes."""
 NEVER = -1e4
 """A step size before softplus that leaves the state as it is, for tokens that pad the length."""
 
@@ -100,8 +100,7 @@ def backward(inputs: ScanInputs, saved: Array, dy: Array, dlast: Array, reverse:
 def _padded(inputs: ScanInputs, reverse: bool) -> tuple[ScanInputs, kernels.Walk]:
     """Inputs with e padded to whole programs and l to whole chunks, after the last token run."""
     length, width = inputs.u.shape[1:]
-    chunk = next((size for size in CHUNKS if length % size == 0), CHUNKS[0])
-    walk = kernels.Walk(-(-length // chunk) * chunk, chunk, reverse)
+    walk = kernels.Walk(-(-length // CHUNK) * CHUNK, CHUNK, reverse)
     e = -(-width // kernels.CHANNELS) * kernels.CHANNELS
     n, state = inputs.A.shape[1], inputs.initial_state
     return ScanInputs(

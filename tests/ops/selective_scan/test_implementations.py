@@ -43,7 +43,6 @@ def _interpret_without_a_gpu(monkeypatch):
         yield
         return
     monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH)
-    monkeypatch.setattr(mosaic, "CHUNKS", (2,))
     with triton.interpreted(), mosaic.interpreted():
         yield
 

@@ -32,7 +32,7 @@ def _custom_calls(function, shape, dtype, name="__gpu$xla.gpu.triton"):
 
 @pytest.mark.parametrize(("kind", "capability"), [("NVIDIA A100-SXM4-80GB", (8, 0)), ("NVIDIA H200", (9, 0))])
 @pytest.mark.parametrize(
-    ("length", "forward", "gradient"), [(10, 1, 2), (200, 3, 6)], ids=["whole", "segmented"]
+    ("length", "forward", "gradient"), [(10, 1, 2), (110_592, 3, 6)], ids=["whole", "segmented"]
 )
 def test_lowers_to_one_call_a_kernel(kind, capability, length, forward, gradient, monkeypatch):
     launch = tuning.launch_for(capability)._replace(inference_chunk=2, chunk=2)
@@ -51,7 +51,7 @@ def test_lowers_to_one_call_a_kernel(kind, capability, length, forward, gradient
 
 
 def test_mosaic_lowers_to_one_call_a_kernel(monkeypatch):
-    monkeypatch.setattr(mosaic, "CHUNKS", (1,))
+    monkeypatch.setattr(mosaic, "CHUNK", 1)
 
     def loss(*arrays):
         return jnp.sum(selective_scan(*arrays, implementation="pallas_mosaic").astype(jnp.float32))

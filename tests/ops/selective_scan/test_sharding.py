@@ -13,7 +13,7 @@ SCRIPT = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from mambamim_jax.ops.selective_scan import selective_scan, triton, tuning
+from mambamim_jax.ops.selective_scan import mosaic, selective_scan, triton, tuning
 from tests.ops.selective_scan.cases import assert_close, random_inputs
 
 name, axes = sys.argv[1], (int(sys.argv[2]), int(sys.argv[3]))
@@ -27,7 +27,7 @@ def scan(*arrays):
     return selective_scan(*arrays, implementation=name)
 
 sharded = scan
-if name == "pallas_triton":  # a kernel has to be told its part
+if name.startswith("pallas"):  # a kernel has to be told its part
     sharded = jax.shard_map(scan, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
 
 def gradients(scan):
@@ -36,7 +36,7 @@ def gradients(scan):
 def plain(*arrays):
     return selective_scan(*arrays, implementation="reference")
 
-with triton.interpreted():
+with triton.interpreted(), mosaic.interpreted():
     placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs)]
     compiled = gradients(sharded).lower(*placed).compile()
     assert "all-gather" not in compiled.as_text(), "gathers"
@@ -46,7 +46,7 @@ with triton.interpreted():
 
 
 @pytest.mark.parametrize("axes", [(2, 1), (2, 2)], ids=["2 devices", "4 devices"])
-@pytest.mark.parametrize("name", ["sequential", "pallas_triton"])
+@pytest.mark.parametrize("name", ["sequential", "pallas_triton", "pallas_mosaic"])
 def test_shards_without_gathering(name, axes):
     root = Path(__file__).parents[3]
     environment = os.environ | {
