@@ -16,7 +16,7 @@ def get_config(preset: str = "hymamba_b") -> ConfigDict:
         python launch/pretrain.py --config=configs/pretrain.py:openkbp --workdir=runs/openkbp \\
             --config.data.source=FOLDER
 
-    openkbp_cpu: the same at a size for two CPU cores, in 32³ crops of 4 mm voxels.
+    openkbp_cpu: the same at a size for two CPU cores, in 32³ crops of 6 mm voxels.
 
     hymamba_b: the paper's recipe: 96³ crops, 16 a batch, 100 epochs (6,814 CT volumes in the paper); one GPU.
     Add --config.model.dtype=bfloat16 for mixed precision, --config.optim.accumulate=4 for less memory.
@@ -37,10 +37,11 @@ def get_config(preset: str = "hymamba_b") -> ConfigDict:
         config.optim.learning_rate, config.optim.warmup = 2e-3, 0.1
         config.log.panel_every = config.checkpoint.every = 50
     elif preset == "openkbp_cpu":
-        config.data.crop, config.data.spacing = (32, 32, 32), (4.0, 4.0, 4.0)
+        config.data.crop, config.data.spacing = (32, 32, 32), (6.0, 6.0, 6.0)
         config.data.crops_per_volume, config.data.volumes_per_batch = 1, 4
         config.epochs, config.steps = 0, 600
         _small(config)
+        config.model.hymamba.channels = (4, 8, 16, 32, 48)
         config.optim.learning_rate, config.optim.warmup = 2e-3, 0.1
         config.log.panel_every = config.checkpoint.every = 200
     elif preset == "openkbp":
