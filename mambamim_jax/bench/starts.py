@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,14 +120,29 @@ def _link(path: Path, link: Path) -> None:
         link.symlink_to(path.resolve())
 
 
-def finetune_and_score(stages: Stages, run: Run, options: argparse.Namespace, flags: Sequence[str]) -> None:
+def pretrain(stages: Stages, options: argparse.Namespace) -> None:
+    """Pre-trains on the training scans."""
+    folder = options.workdir / "pretrain"
+    stages.shared_cache(folder)
+    stages.run(
+        "all", "pretrain", f"--config={options.pretrain}", f"--workdir={folder}",
+        *(f"--config.{flag}" for flag in options.pretrain_flag),
+        f"--config.data.source={options.workdir / 'data' / 'train'}",
+    )  # fmt: skip
+
+
+def finetune_and_score(stages: Stages, run: Run, options: argparse.Namespace, pretraining: Future) -> None:
     """Fine-tunes, predicts the held-out scans with the last network, and evaluates them on the scans' own grids."""
     workdir: Path = options.workdir
     folder, data = workdir / "runs" / run.name, workdir / "data"
     if (folder / "evaluation" / "summary.json").is_file():
         return
+    init = []
+    if run.start == "pretrained":
+        pretraining.result()
+        init = [f"--config.init={workdir / 'pretrain'}"]
     stages.shared_cache(folder)
-    init = [f"--config.init={workdir / 'pretrain'}"] if run.start == "pretrained" else []
+    flags = [f"--config.{flag}" for flag in options.finetune_flag]
     stages.run(
         run.name, "finetune", f"--config={options.finetune}", f"--workdir={folder}", *flags, *init,
         f"--config.data.source={options.source}", f"--config.data.store={workdir / 'store'}",
@@ -227,26 +242,18 @@ def main(argv: list[str]) -> int:
     options.workdir = options.workdir.expanduser().resolve()
     options.source = options.source.expanduser().resolve()
     shares = [float(share) for share in options.shares.split(",")]
+    stages = Stages(options.workdir, options.jobs)
     try:
         link_sides(options.source, options.workdir / "data")
-        stages = Stages(options.workdir, options.jobs)
-        pretrained = options.workdir / "pretrain"
-        stages.shared_cache(pretrained)
-        flags = [f"--config.{flag}" for flag in options.pretrain_flag]
-        stages.run(
-            "all", "pretrain", f"--config={options.pretrain}", f"--workdir={pretrained}", *flags,
-            f"--config.data.source={options.workdir / 'data' / 'train'}",
-        )  # fmt: skip
-        flags = [f"--config.{flag}" for flag in options.finetune_flag]
+        pretraining = stages.pool.submit(pretrain, stages, options)
         runs = [
-            Run(start, share, seed) for seed in range(options.seeds) for share in shares for start in STARTS
+            Run(start, share, seed) for start in STARTS for seed in range(options.seeds) for share in shares
         ]
-        # The first alone: it prepares the volumes and compiles what the others then find.
-        finetune_and_score(stages, runs[0], options, flags)
-        work = [stages.pool.submit(finetune_and_score, stages, run, options, flags) for run in runs[1:]]
-        for job in work:
+        work = [stages.pool.submit(finetune_and_score, stages, run, options, pretraining) for run in runs]
+        for job in (pretraining, *work):
             job.result()
     except (DatasetError, StageError) as error:
+        stages.pool.shutdown(wait=False, cancel_futures=True)
         print(f"error: {error}", file=sys.stderr)
         return 2
     lines = table(options.workdir, shares, options.seeds)
