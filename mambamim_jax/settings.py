@@ -308,6 +308,24 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of a run. Found by themselves under SLURM, Open MPI and a JobSet (docs/CLUSTER.md)."""
+
+    coordinator: str = ""
+    """HOST:PORT of the first process, where no scheduler tells."""
+    processes: int = 0
+    process: int = -1
+    heartbeat: int = 100
+    """Seconds after which a process that does not answer counts as dead."""
+    patience: float = 3600.0
+    """Seconds without a finished step after which a process ends itself, to be started again; 0 for never."""
+
+    def check(self, key: str) -> None:
+        _require(self.heartbeat > 0, f"{key}.heartbeat", self.heartbeat, "at least 1 second")
+        _require(self.patience >= 0, f"{key}.patience", self.patience, "seconds, or 0 for never")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What the training loop needs to know, whatever it trains."""
 
@@ -321,8 +339,17 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
-    harmless: ClassVar[tuple[str, ...]] = ("epochs", "steps", "resume", "log", "checkpoint", "mesh")
+    harmless: ClassVar[tuple[str, ...]] = (
+        "epochs",
+        "steps",
+        "resume",
+        "log",
+        "checkpoint",
+        "mesh",
+        "distributed",
+    )
     """Keys and sections that may differ when a run is continued."""
 
     def check(self, key: str) -> None:

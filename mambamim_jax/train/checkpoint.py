@@ -7,6 +7,7 @@ changed byte in an array's file; a checksum of every tensor, taken on the device
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Mapping
@@ -21,11 +22,15 @@ import orbax.checkpoint as ocp
 
 from mambamim_jax.settings import CheckpointConfig, ConfigError, RunConfig, flat
 from mambamim_jax.train.optim import paths
+from mambamim_jax.train.processes import all_agree, first_alone, several
 from mambamim_jax.train.sharding import on_host
 from mambamim_jax.train.step import State
 from mambamim_jax.types import Array
 
 FOLDER = "checkpoints"
+
+
+NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large", "ENOSPC", "EDQUOT", "EFBIG")
 
 
 class DamagedError(RuntimeError):
@@ -66,7 +71,11 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"crc": _crc(meta)})
         )
-        self.manager.save(step, args=args)
+        self.wait()
+        try:
+            self.manager.save(step, args=args)
+        except Exception as error:
+            self._report(error)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -75,9 +84,9 @@ class Checkpoints:
     def meta(self, step: int) -> dict[str, Any]:
         """Step, data position, configuration and checksums of a checkpoint.
 
-        Raises: ValueError where they are damaged; whatever Orbax raises where they cannot be read.
+        Raises: ValueError, OSError where they are damaged or cannot be read.
         """
-        meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        meta = json.loads((self.folder / str(step) / "meta" / "metadata").read_bytes())
         if meta.pop("crc", None) != _crc(meta):
             raise ValueError("the checksum of its description differs")
         return meta
@@ -95,12 +104,19 @@ class Checkpoints:
         steps = self.steps()
         _ignore_late_futures()
         for step in reversed(steps):
+            restored, reason = None, "damaged for another process"
             try:
-                return self._restore(step, like)
+                read = self._read(step, like)
             except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-                self.say(f"WARNING: checkpoint {self.folder / str(step)} is damaged and not used ({reason})")
-                self._move_away(step)
+                read, reason = None, one_line(error)
+            if all_agree(read is not None) and read:
+                # Sums over all processes' parts, so that all come to the same verdict.
+                wrong = differences(read[0]["checksums"], checksums(read[1]))
+                restored, reason = None if wrong else Restored(step, read[1], read[0]["data"]), wrong
+            if restored:
+                return restored
+            self.say(f"WARNING: checkpoint {self.folder / str(step)} is damaged and not used ({reason})")
+            self._move_away(step)
         if steps:
             raise DamagedError(
                 f"{self.folder}: none of the checkpoints of steps {steps} can be read; expected one that is "
@@ -109,30 +125,48 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Returns when the last save is complete on disk."""
-        self.manager.wait_until_finished()
+        """Returns when the last save is complete on disk, or has been reported to have failed for want of space."""
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            self._report(error)
 
     def close(self) -> None:
         """Waits for the last save and ends the background threads."""
-        self.manager.wait_until_finished()
+        self.wait()
         self.manager.close()
 
-    def _restore(self, step: int, like: Any) -> Restored:
-        meta = self.meta(step)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        state = self.manager.restore(step, args=args)["state"]
-        found = checksums(state)
-        wrong = [name for name, value in meta["checksums"].items() if found.get(name) != value]
-        if wrong or len(found) != len(meta["checksums"]):
-            raise ValueError(f"the checksums of {len(wrong)} tensors differ, first {wrong[:1]}")
-        return Restored(step, state, meta["data"])
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if not (kind and several()):  # a process that fails can't wait for the others
+            self.close()
+
+    def _report(self, error: Exception) -> None:
+        """Says that a save has failed for want of space, and takes away what it left; raises any other error."""
+        if not any(sign in str(error) for sign in NO_SPACE):
+            raise error
+        for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        self.manager.reload()
+        good = f"that of step {self.steps()[-1]} stays" if self.steps() else "there is none before it"
+        self.say(f"WARNING: a checkpoint could not be saved, {good} and the run goes on: {one_line(error)}")
+
+    def _read(self, step: int, like: Any) -> tuple[dict[str, Any], State]:
+        """Description and state, this process's parts of it: nothing here waits for another process."""
+        meta, folder = self.meta(step), self.folder / str(step) / "state"
+        return meta, ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(like))
 
     def _move_away(self, step: int) -> None:
+        first_alone(f"damaged {step}", lambda: None if jax.process_index() else self._rename(step))
+        self.manager.reload()
+
+    def _rename(self, step: int) -> None:
         aside = self.folder.with_name(f"{FOLDER}.damaged")
         aside.mkdir(exist_ok=True)
         number = sum(1 for _ in aside.glob(f"{step}.*"))
         (self.folder / str(step)).rename(aside / f"{step}.{number}")
-        self.manager.reload()
 
 
 @cache
@@ -192,6 +226,17 @@ def compare(saved: dict[str, Any], config: RunConfig, workdir: Path, say: Callab
         keys = "config." + ", config.".join(fatal)
         advice = "take those, or another --workdir for a new run"
         raise ConfigError(keys, f"found {differences}", f"the values of the run in {workdir}", advice)
+
+
+def differences(expected: Mapping[str, int], found: Mapping[str, int]) -> str:
+    """What to say of tensors whose checksums differ; nothing where none does."""
+    wrong = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+    return f"the checksums of {len(wrong)} tensors differ, first {wrong[0]}" if wrong else ""
+
+
+def one_line(error: Exception) -> str:
+    """An error's kind and the start of its text."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def checksums(state: State) -> dict[str, int]:

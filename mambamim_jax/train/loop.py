@@ -6,6 +6,7 @@ catches up, so no state is saved whose step was not seen to be finite.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from mambamim_jax.train.checkpoint import Checkpoints
 from mambamim_jax.train.feed import Feed, Stream
 from mambamim_jax.train.logs import METRICS, RunLog, SilentLog, read_rows
 from mambamim_jax.train.optim import AdamW, Schedule
+from mambamim_jax.train.processes import Watchdog
 from mambamim_jax.train.progress import Show, Terminal, duration
 from mambamim_jax.train.sharding import Placement, on_host, one_device
 from mambamim_jax.train.signals import caught_signals
@@ -125,7 +127,9 @@ def train(
     log = RunLog(workdir, start, validated=task.validation is not None) if first else SilentLog()
     names = list(adamw.trained(like["params"]))
     panel = _Panel(task, loader, config.seed, placement) if task.panel else None
-    run = _Run(task, config, workdir, checkpoints, terminal, log, placement, names, panel, start, steps)
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    dog = Watchdog(config.distributed.patience, say)
+    run = _Run(task, config, workdir, checkpoints, terminal, log, placement, dog, names, panel, start, steps)
     try:
         if start < steps:
             state = restored.state if restored else initial_state(task, adamw, config.seed, placement)
@@ -138,6 +142,7 @@ def train(
         checkpoints.wait()
         return run.finish()
     finally:
+        dog.stop()
         log.close()
 
 
@@ -160,6 +165,7 @@ class _Run:
     terminal: Terminal
     log: RunLog | SilentLog
     placement: Placement
+    dog: Watchdog
     names: list[str]
     panel: _Panel | None
     start: int
@@ -182,6 +188,7 @@ class _Run:
             quiet = self.placement.flag(0)
             self.clock = time.monotonic()
             for step in range(self.start + 1, self.steps + 1):
+                self.dog.beat(f"step {step - 1}")
                 before = time.monotonic()
                 batch = next(stream)
                 wait = time.monotonic() - before

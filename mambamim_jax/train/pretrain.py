@@ -18,6 +18,7 @@ from mambamim_jax.train.checkpoint import open_checkpoints
 from mambamim_jax.train.feed import window
 from mambamim_jax.train.loop import Outcome, train
 from mambamim_jax.train.losses import patch_statistics, reconstruction_loss
+from mambamim_jax.train.processes import first_alone
 from mambamim_jax.train.progress import Terminal
 from mambamim_jax.train.sharding import make_placement
 from mambamim_jax.train.step import Batch, Task
@@ -33,17 +34,15 @@ def pretrain(config: PretrainConfig, workdir: Path, terminal: Terminal | None = 
       ConfigError, DatasetError, DataLossError, StoreError: one line on what is wrong, before any training.
       NonFiniteError: the run broke; the last good checkpoint stays.
     """
-    terminal = terminal or Terminal()
+    terminal = terminal or Terminal(quiet=jax.process_index() > 0)
     placement = make_placement(config.mesh, config.data.batch // config.optim.accumulate)
     task = mim_task(config)
     placement.shardings(jax.eval_shape(task.init, jax.random.key(0)))  # refuses what does not divide
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = open_checkpoints(workdir, config, terminal.say)
-    try:
-        loader = prepare_data(config, workdir, terminal, placement.rows(config.data.batch))
+    with open_checkpoints(workdir, config, terminal.say) as checkpoints:
+        rows = placement.rows(config.data.batch)
+        loader = first_alone("data", lambda: prepare_data(config, workdir, terminal, rows))
         return train(task, loader, config, workdir, checkpoints, terminal, placement)
-    finally:
-        checkpoints.close()
 
 
 def prepare_data(
@@ -61,7 +60,7 @@ def prepare_data(
             format=data.format,
             spacing=data.spacing,
             window=data.window,
-            report_path=workdir / "data_report.jsonl",
+            report_path=None if jax.process_index() else workdir / "data_report.jsonl",
             max_lost=data.max_lost,
             workers=data.workers or None,
             progress=progress,

@@ -21,10 +21,12 @@ class Terminal:
 
     Args:
       console: where to; tests pass their own.
+      quiet: says nothing, as all processes of a run but the first.
     """
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    def __init__(self, console: Console | None = None, quiet: bool = False):
+        options: dict[str, bool] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
+        self.console = console or Console(**options, quiet=quiet)  # type: ignore[arg-type]
 
     def say(self, line: str) -> None:
         """Prints a line that a person must see."""

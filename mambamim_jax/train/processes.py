@@ -1,0 +1,234 @@
+"""The processes of one run: how they find each other, wait for each other, and end when one of them is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+
+from mambamim_jax.settings import ConfigError, DistributedConfig
+from mambamim_jax.train.signals import TRY_AGAIN
+
+T = TypeVar("T")
+FIRST_PORT, PORTS = 61440, 4096
+DAYS = 7 * 24 * 3600 * 1000  # ms
+
+
+class PeerError(RuntimeError):
+    """Another process of the run has failed or is gone; a restart goes on from the newest checkpoint."""
+
+    exit_code = TRY_AGAIN
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process among the others.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0. count, index: how many there are, and which this is.
+      local: the only device of its host that this process uses, or None for all it sees.
+    """
+
+    coordinator: str
+    count: int
+    index: int
+    local: int | None = None
+
+
+def find(config: DistributedConfig, environment: Mapping[str, str] = os.environ) -> Processes | None:
+    """The run's processes by the settings, or else by SLURM's, Open MPI's or a JobSet's environment; None for one.
+
+    Raises: ConfigError where an address is missing.
+    """
+    given = (config.coordinator, config.processes, config.process)
+    if any(value != default for value, default in zip(given, ("", 0, -1))):
+        if not config.coordinator or config.processes < 1 or not 0 <= config.process < config.processes:
+            expected = "all of coordinator=HOST:PORT, processes=N and process=0 to N-1"
+            raise ConfigError("config.distributed", f"found {given}", expected, "or none of them")
+        return Processes(config.coordinator, config.processes, config.process)
+    for scheduler in (_slurm, _open_mpi, _jobset):
+        found = scheduler(environment)
+        if found and found.count > 1:
+            return found
+    return None
+
+
+def _slurm(env: Mapping[str, str]) -> Processes | None:
+    """A task that srun has started."""
+    if "SLURM_STEP_NUM_TASKS" not in env or "SLURM_PROCID" not in env:
+        return None
+    host = first_host(env["SLURM_STEP_NODELIST"])
+    a_node = int(re.split(r"\D", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0])
+    local = _only_device(env, a_node, int(env.get("SLURM_LOCALID", "0")))
+    address = f"{host}:{_port(env.get('SLURM_JOB_ID', ''))}"
+    return Processes(address, int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"]), local)
+
+
+def _open_mpi(env: Mapping[str, str]) -> Processes | None:
+    """A rank that mpirun has started."""
+    if "OMPI_COMM_WORLD_SIZE" not in env:
+        return None
+    count, a_node = int(env["OMPI_COMM_WORLD_SIZE"]), int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
+    head = re.search(r"tcp://([\w.:-]+?)[,:]", env.get("OMPI_MCA_orte_hnp_uri", ""))
+    if not head and a_node < count:
+        expected = "the address of rank 0, which this Open MPI does not tell"
+        raise ConfigError(
+            "config.distributed.coordinator", "found none", expected, "pass HOST:PORT, processes and process"
+        )
+    job = env.get("OMPI_MCA_ess_base_jobid", env.get("PMIX_NAMESPACE", ""))
+    address = f"{head[1] if head else '127.0.0.1'}:{_port(job)}"
+    local = _only_device(env, a_node, int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")))
+    return Processes(address, count, int(env["OMPI_COMM_WORLD_RANK"]), local)
+
+
+def _jobset(env: Mapping[str, str]) -> Processes | None:
+    """A pod of launch/k8s/pretrain.yaml, which sets the first two."""
+    if "JOBSET_COORDINATOR" not in env or "JOBSET_PROCESSES" not in env:
+        return None
+    address = f"{env['JOBSET_COORDINATOR']}:{FIRST_PORT}"
+    return Processes(address, int(env["JOBSET_PROCESSES"]), int(env["JOB_COMPLETION_INDEX"]))
+
+
+def first_host(nodes: str) -> str:
+    """SLURM's list of nodes, such as "gpu[003-007,9],login" → its first, "gpu003"."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
+
+
+def _port(job: str) -> int:
+    """The same for all processes of a job, another for most other jobs."""
+    return FIRST_PORT + zlib.crc32(job.encode()) % PORTS
+
+
+def _only_device(env: Mapping[str, str], a_node: int, local: int) -> int | None:
+    """A process that shares its node takes one GPU, unless the scheduler shows it a single one."""
+    shown = [gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    return local if a_node > 1 and len(shown) != 1 else None
+
+
+def start(config: DistributedConfig) -> None:
+    """Joins the run's other processes, if there are any; before anything else of JAX.
+
+    Raises: ConfigError, PeerError: they cannot be reached.
+    """
+    found = find(config)
+    if found is None:
+        return
+    jax.config.update(
+        "jax_enable_preemption_service", False
+    )  # its signal handler would take the place of ours
+    try:
+        jax.distributed.initialize(
+            found.coordinator,
+            found.count,
+            found.index,
+            found.local,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=config.heartbeat,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PeerError(
+            f"process {found.index} of {found.count} did not reach {found.coordinator}: {reason}"
+        ) from error
+
+
+def several() -> bool:
+    """Whether other processes take part in the run."""
+    return jax.process_count() > 1
+
+
+def first_alone(name: str, work: Callable[[], T]) -> T:
+    """work() by the first process, then by all others at once; if it fails there, everywhere.
+
+    Args:
+      name: of the work, once a run.
+
+    Raises: PeerError with the first process's error.
+    """
+    if not several():
+        return work()
+    from jax._src import distributed  # JAX shows the processes' common dictionary nowhere else
+
+    client: Any = distributed.global_state.client
+    if jax.process_index():
+        outcome = json.loads(client.blocking_key_value_get(name, DAYS))
+        if outcome["error"]:
+            error = PeerError(f"process 0: {outcome['error']}")
+            error.exit_code = outcome["exit_code"]  # type: ignore[misc]
+            raise error
+        return work()
+    try:
+        done = work()
+    except Exception as error:
+        failure = {"error": str(error) or repr(error), "exit_code": getattr(error, "exit_code", 1)}
+        client.key_value_set(name, json.dumps(failure))
+        raise
+    client.key_value_set(name, json.dumps({"error": ""}))
+    return done
+
+
+def all_agree(ok: bool) -> bool:
+    """Whether it is so on every process; each of them has to ask."""
+    if not several():
+        return ok
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(jax.numpy.asarray(ok)).all())
+
+
+def lost_peer(error: Exception) -> PeerError:
+    """What a failed collective most often means."""
+    reason = str(error).strip().partition("\n")[0][:200]
+    advice = "start again to go on from the newest checkpoint"
+    return PeerError(
+        f"process {jax.process_index()}: another process of the run is gone ({reason}); {advice}"
+    )
+
+
+def leave(code: int) -> int:
+    """The exit code; with other processes it ends this one at once, as an orderly end would wait for them."""
+    if several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+class Watchdog:
+    """Ends the process where nothing has happened for a while: a device or a peer hangs, and a restart is due.
+
+    Args:
+      patience: seconds without a ``beat``; 0 for never.
+    """
+
+    def __init__(self, patience: float, say: Callable[[str], None]):
+        self.patience, self.say, self.last, self.what = patience, say, time.monotonic(), "start"
+        self.over = threading.Event()
+        if patience:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def beat(self, what: str) -> None:
+        """Something has happened."""
+        self.last, self.what = time.monotonic(), what
+
+    def stop(self) -> None:
+        """Nothing more is expected."""
+        self.over.set()
+
+    def _watch(self) -> None:
+        while not self.over.wait(min(self.patience / 4, 10)):
+            if time.monotonic() - self.last > self.patience:
+                self.say(
+                    f"error: nothing has happened for {self.patience:g} s (config.distributed.patience) since "
+                    f"{self.what}: a device or another process hangs; start again to go on from the newest checkpoint"
+                )
+                os._exit(TRY_AGAIN)
