@@ -315,13 +315,16 @@ class DistributedConfig:
     """HOST:PORT of the first process, where no scheduler tells."""
     processes: int = 0
     process: int = -1
+    join: int = 300
+    """Seconds in which all processes must have found each other."""
     heartbeat: int = 100
     """Seconds after which a process that does not answer counts as dead."""
     patience: float = 3600.0
     """Seconds without a finished step after which a process ends itself, to be started again; 0 for never."""
 
     def check(self, key: str) -> None:
-        _require(self.heartbeat > 0, f"{key}.heartbeat", self.heartbeat, "at least 1 second")
+        for name in ("join", "heartbeat"):
+            _require(getattr(self, name) > 0, f"{key}.{name}", getattr(self, name), "at least 1 second")
         _require(self.patience >= 0, f"{key}.patience", self.patience, "seconds, or 0 for never")
 
 

@@ -22,6 +22,7 @@ TINY = {
     "model.decoder_width": 16,
     "optim.eps": 1e-4,
     "log.panel_every": 10**6,
+    "distributed.join": 120,
     "distributed.heartbeat": 20,
     "distributed.patience": 300,
 }

@@ -132,6 +132,7 @@ def start(config: DistributedConfig) -> None:
             found.index,
             found.local,
             cluster_detection_method="deactivate",
+            initialization_timeout=config.join,
             heartbeat_timeout_seconds=config.heartbeat,
         )
     except (RuntimeError, ValueError) as error:

@@ -1,0 +1,118 @@
+"""Several real processes: found by their environment, equal to one, stopped and continued in other numbers, killed."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mambamim_jax.settings import ConfigError, DistributedConfig
+from mambamim_jax.train.processes import Processes, find, first_host
+from mambamim_jax.train.signals import TRY_AGAIN
+from tests import cluster
+from tests.kill_cluster import campaign
+
+KILLS = int(os.environ.get("MAMBAMIM_CLUSTER_KILLS", "2"))
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "gpu[003-004,9],login",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "77",
+}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+JOBSET = {"JOBSET_COORDINATOR": "run-workers-0-0.run", "JOBSET_PROCESSES": "8", "JOB_COMPLETION_INDEX": "5"}
+
+
+def test_schedulers_are_recognised():
+    alone = DistributedConfig()
+    assert find(alone, {}) is None
+    slurm = find(alone, SLURM)
+    assert slurm is not None
+    assert slurm.coordinator.startswith("gpu003:6")
+    assert (slurm.count, slurm.index, slurm.local) == (4, 3, 1)
+    assert find(alone, SLURM | {"CUDA_VISIBLE_DEVICES": "1"}).local is None
+    assert find(alone, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    head = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
+    assert find(alone, OPEN_MPI | head).coordinator.startswith("10.96.0.1:6")
+    with pytest.raises(ConfigError, match=r"config.distributed.coordinator: found none.*pass HOST:PORT"):
+        find(alone, OPEN_MPI)
+    assert find(alone, JOBSET) == Processes("run-workers-0-0.run:61440", 8, 5)
+    assert find(DistributedConfig("h:1", 2, 1), SLURM) == Processes("h:1", 2, 1)
+    with pytest.raises(ConfigError, match="all of coordinator=HOST:PORT"):
+        find(DistributedConfig("h:1", 2, 2), {})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a1,b2", "a1"), ("r[1-2]n[04,6]", "r1n04"), ("gpu[003-007,9]", "gpu003")],
+)
+def test_first_host_of_a_node_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def stopped_at(workdir, config, processes, devices, step, number):
+    """Runs until a step, then signals one of the processes; exit codes of all."""
+    started = cluster.start(workdir, config, processes, devices)
+    while len(cluster.read_rows(workdir / "metrics.jsonl")) < step and started[0].poll() is None:
+        time.sleep(0.02)
+    started[-1].send_signal(number)
+    return cluster.end(started)
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_and_devices_go_on_with_the_same_losses(tmp_path):
+    """Four processes, two, one, eight devices, two processes: as one process that never stopped."""
+    os.environ["WORKER_CACHE"] = str(tmp_path / "cache")
+    config = {"steps": 40, "every": 7}
+    assert cluster.end(cluster.start(tmp_path / "one", config)) == [0]
+    expected = cluster.losses(tmp_path / "one", 40)
+    workdir, slow = tmp_path / "many", {**config, "pause": 0.05}
+    assert stopped_at(workdir, slow, 4, 1, 5, signal.SIGTERM) == [75] * 4, cluster.printed(workdir)[-3000:]
+    fsdp = {**slow, "mesh.fsdp": 2}
+    assert stopped_at(workdir, fsdp, 2, 1, 13, signal.SIGUSR1) == [75] * 2, cluster.printed(workdir)[-3000:]
+    assert stopped_at(workdir, slow, 1, 1, 20, signal.SIGTERM) == [75], cluster.printed(workdir)[-3000:]
+    assert stopped_at(workdir, fsdp, 1, 8, 28, signal.SIGTERM) == [75], cluster.printed(workdir)[-3000:]
+    assert cluster.end(cluster.start(workdir, fsdp, 2)) == [0, 0], cluster.printed(workdir)[-3000:]
+    np.testing.assert_allclose(cluster.losses(workdir, 40), expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_processes_end_clearly_and_resume_exactly(tmp_path):
+    """MAMBAMIM_CLUSTER_KILLS of them; see tests/kill_cluster.py."""
+    campaign(tmp_path, KILLS, 0)
+
+
+def test_the_batch_file_requeues():
+    text = (Path(cluster.ROOT) / "launch" / "slurm" / "pretrain.sbatch").read_text()
+    for line in (
+        "#SBATCH --requeue",
+        "#SBATCH --signal=USR1@",
+        "#SBATCH --open-mode=append",
+        "scontrol requeue",
+    ):
+        assert line in text
+
+
+def test_the_jobset_agrees_with_itself_and_with_the_launcher():
+    yaml = pytest.importorskip("yaml")
+    spec = yaml.safe_load((Path(cluster.ROOT) / "launch" / "k8s" / "pretrain.yaml").read_text())
+    assert (spec["apiVersion"], spec["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (workers,) = spec["spec"]["replicatedJobs"]
+    assert spec["spec"]["coordinator"]["replicatedJob"] == workers["name"]
+    job = workers["template"]["spec"]
+    (pod,) = job["template"]["spec"]["containers"]
+    values = {item["name"]: item.get("value") for item in pod["env"]}
+    assert job["completionMode"] == "Indexed"
+    assert job["parallelism"] == job["completions"] == int(values["JOBSET_PROCESSES"])
+    assert (
+        find(DistributedConfig(), {**JOBSET, **{k: v for k, v in values.items() if v}}).count
+        == job["completions"]
+    )
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == pod["name"]
+    assert TRY_AGAIN not in rule["onExitCodes"]["values"]
+    assert (Path(cluster.ROOT) / pod["command"][1]).is_file()
