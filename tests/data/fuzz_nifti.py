@@ -1,7 +1,7 @@
 """Mutate headers and bytes of NIfTI files; whatever is read must be what an independent reading of the bytes
 says.
 
-    python tests/data/fuzz_nifti.py 20000
+    python -m tests.data.fuzz_nifti 20000
 
 Each mutant either raises a ``VolumeError`` or gives exactly the voxels, scaling and affine that this file
 works out on its own from the header's bytes, with shape, spacing and orientation consistent with each other.
@@ -17,11 +17,11 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-import ct_files
 import nibabel
 import numpy as np
 
 from mambamim_jax.data import nifti, volume
+from tests.data import ct_files
 
 _TYPES = {
     2: "u1",

@@ -2,13 +2,13 @@
 
 import json
 
-import ct_files
 import nibabel
 import numpy as np
 import pytest
 
 from mambamim_jax.data import augment, datasets, nifti, store, volume
 from mambamim_jax.data.labelled import LabelledLoader
+from tests.data import ct_files
 
 RULES = ({"kind": "zscore"}, {"kind": "zscore"})
 SPACING = (2.0, 2.0, 2.0)

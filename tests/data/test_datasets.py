@@ -2,10 +2,10 @@
 
 import json
 
-import ct_files
 import pytest
 
 from mambamim_jax.data import datasets
+from tests.data import ct_files
 
 
 def touch(*paths):

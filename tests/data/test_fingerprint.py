@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 
-import ct_files
 import numpy as np
 import pytest
 
 from mambamim_jax.data import datasets, fingerprint, store
+from tests.data import ct_files
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 fuzz_nifti.
 """
 
-import fuzz_nifti
+from tests.data import fuzz_nifti
 
 
 def test_mutated_files_are_refused_or_read_right(tmp_path):

@@ -1,12 +1,12 @@
 """Labelled crops: classes where they should be, the same whatever the threads and restarts."""
 
-import ct_files
 import nibabel
 import numpy as np
 import pytest
 
 from mambamim_jax.data import augment, datasets, store
 from mambamim_jax.data.labelled import LabelledLoader
+from tests.data import ct_files
 
 WINDOW = ({"kind": "window", "low": -175.0, "high": 250.0},)
 CROP = (16, 16, 32)

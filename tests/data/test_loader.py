@@ -4,11 +4,11 @@ import itertools
 import json
 from collections import Counter
 
-import ct_files
 import numpy as np
 import pytest
 
 from mambamim_jax.data import datasets, loader, store, volume
+from tests.data import ct_files
 
 
 @pytest.fixture(scope="module")

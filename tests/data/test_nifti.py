@@ -2,12 +2,12 @@
 
 import gzip
 
-import ct_files
 import nibabel
 import numpy as np
 import pytest
 
 from mambamim_jax.data import nifti, volume
+from tests.data import ct_files
 
 
 def code_of(path, **options):

@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import ct_files
 import nibabel
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from mambamim_jax.data import datasets
 from mambamim_jax.data.benchmarks import BENCHMARKS
 from mambamim_jax.data.labels import make_split, read_table
+from tests.data import ct_files
 
 SHAPE = (8, 8, 6)
 

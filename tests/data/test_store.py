@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import ct_files
 import nibabel
 import numpy as np
 import pytest
 
 from mambamim_jax.data import datasets, nifti, preprocess, store, volume
+from tests.data import ct_files
 
 
 def contents(folder):

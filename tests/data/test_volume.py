@@ -2,13 +2,13 @@
 
 import itertools
 
-import ct_files
 import nibabel
 import numpy as np
 import pytest
 from scipy import ndimage
 
 from mambamim_jax.data import nifti, volume
+from tests.data import ct_files
 
 ORIENTATIONS = [
     "".join(codes[n] for n in order)

@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-import ct_files
 import pytest
 
 from mambamim_jax.data import datasets, store
+from tests.data import ct_files
 
 READING = """
 import os, sys
