@@ -17,7 +17,8 @@ from mambamim_jax.settings_finetune import FinetuneConfig
 
 
 def main(arguments: list[str]) -> int:
-    """The exit code: 0; 2 settings or data that cannot work; 3 a loss that is not finite; 128 + a signal."""
+    """The exit code: 0; 2 settings or data that cannot work; 3 a loss that is not finite; 4 no readable checkpoint;
+    75 saved and to be started again (SIGTERM, SIGUSR1, or another process or a device is gone); 130 Ctrl-C."""
     try:
         config, workdir = parse_command_line(arguments, FinetuneConfig, __doc__ or "")
     except HelpRequested as help_text:
@@ -30,16 +31,32 @@ def main(arguments: list[str]) -> int:
 
     from mambamim_jax.data.datasets import DatasetError
     from mambamim_jax.data.store import DataLossError, StoreError
+    from mambamim_jax.train import processes, signals
     from mambamim_jax.train.checkpoint import DamagedError
     from mambamim_jax.train.finetune import finetune
     from mambamim_jax.train.step import NonFiniteError
 
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+    signals.end_at_once()  # until there is something to save
+    told = (
+        ConfigError,
+        DatasetError,
+        DataLossError,
+        StoreError,
+        DamagedError,
+        NonFiniteError,
+        processes.PeerError,
+    )
     try:
+        processes.start(config.distributed)
         outcome = finetune(config, workdir)
-    except (ConfigError, DatasetError, DataLossError, StoreError, DamagedError, NonFiniteError) as error:
-        return fail(error)
-    return 128 + outcome.signal if outcome.signal else 0
+    except told as error:
+        return processes.leave(fail(error))
+    except jax.errors.JaxRuntimeError as error:
+        if not processes.several():
+            raise
+        return processes.leave(fail(processes.lost_peer(error)))
+    return signals.exit_code(outcome.signal)
 
 
 def fail(error: Exception) -> int:

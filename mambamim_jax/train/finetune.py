@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -24,6 +25,7 @@ from mambamim_jax.train.labelled_data import LabelledData, make_loader, prepare_
 from mambamim_jax.train.loop import Outcome, train
 from mambamim_jax.train.losses import segmentation_loss, targets_of
 from mambamim_jax.train.optim import paths, under
+from mambamim_jax.train.processes import first_alone
 from mambamim_jax.train.progress import Terminal
 from mambamim_jax.train.sharding import make_placement
 from mambamim_jax.train.step import Batch, Task
@@ -45,21 +47,23 @@ def finetune(config: FinetuneConfig, workdir: Path, terminal: Terminal | None = 
       ConfigError, DatasetError, DataLossError, StoreError: one line on what is wrong, before any training.
       NonFiniteError: the run broke; the last good checkpoint stays.
     """
-    terminal = terminal or Terminal()
+    terminal = terminal or Terminal(quiet=jax.process_index() > 0)
     placement = make_placement(config.mesh, config.data.batch // config.optim.accumulate)
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = open_checkpoints(workdir, config, terminal.say)
-    try:
-        table = read_labels(config, workdir)
-        loaded = {} if checkpoints.steps() else start(config, table, terminal)
-        data = prepare_labelled(config, table, workdir, terminal)
+    with open_checkpoints(workdir, config, terminal.say) as checkpoints:
+        new = not checkpoints.steps()
+
+        def read() -> tuple[dict[str, NumpyArray], LabelledData]:
+            table = read_labels(config, workdir)
+            weights = start(config, table, terminal) if new else {}
+            return weights, prepare_labelled(config, table, workdir, terminal)
+
+        loaded, data = first_alone("data", read)
         loader = make_loader(config, data, placement.rows(config.data.batch))
         steps = config.total_steps(loader.batches_per_epoch)
         task = segment_task(config, data, workdir, terminal, steps)
         task = dataclasses.replace(task, loaded=loaded)
         return train(task, loader, config, workdir, checkpoints, terminal, placement)
-    finally:
-        checkpoints.close()
 
 
 def start(config: FinetuneConfig, table: LabelTable, terminal: Terminal) -> dict[str, NumpyArray]:
