@@ -17,7 +17,7 @@ from mambamim_jax.train.pretrain import mim_task
 from mambamim_jax.train.sharding import divide, make_placement
 
 ROOT = Path(__file__).parents[2]
-FEW = ("1,2,1", "4,1,1", "1,1,8", "2,2,2")
+FEW = ("4,1,1", "1,1,8", "2,2,2")
 ALL = tuple(
     f"{2**a},{2**b},{2**c}"
     for n in (1, 2, 3)
@@ -47,7 +47,7 @@ def test_twenty_steps_are_those_of_one_device(accumulate):
     if os.environ.get("MAMBAMIM_MESHES") == "all":
         meshes = ALL if accumulate == "1" else tuple(m for m in ALL if not m.startswith("8"))
     for report in on_fake_devices("mini", accumulate, *meshes):
-        assert report["fell"] > 0.01, report
+        assert report["fell"] > 0.005, report
         assert report["loss"] < 1e-5, report
         assert report["state"] < 1e-5, report
         assert report["late"] == 0, report
