@@ -1,4 +1,4 @@
-"""The notebook's cells are code that runs here: they parse, and their commands name scripts, presets and keys that are."""
+"""The notebook's code parses, and its commands name scripts, presets and keys that there are."""
 
 import json
 import re
