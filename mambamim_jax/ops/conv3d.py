@@ -1,9 +1,10 @@
 """Dense 3D convolution with small cubic kernels, with a faster way for CPUs.
 
 Elsewhere it is XLA's own convolution. On a CPU XLA runs a 3D convolution two to three times slower than what its
-matrix kernels allow. There a padded one is a sum of three 2D convolutions, which XLA gives to a library, and the
-gradient of the kernel is three matrix products of shifted copies of both sides, a few rows at a time so that the
-copies stay in cache. On a mesh it is XLA's own again: that one the compiler can divide over devices.
+matrix kernels allow. There minimal filtering (`winograd`) does the 3x3x3 ones whose channels and maps are large
+enough. Of the others a padded one is a sum of three 2D convolutions, which XLA gives to a library, and the gradient
+of the kernel is three matrix products of shifted copies of both sides, a few rows at a time so that the copies stay
+in cache. On a mesh it is XLA's own again: that one the compiler can divide over devices.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mambamim_jax.ops import partition
+from mambamim_jax.ops import partition, winograd
 from mambamim_jax.types import Array
 
 DIMENSIONS_3D = ("NDHWC", "DHWIO", "NDHWC")
@@ -37,7 +38,9 @@ def conv3d(x: Array, kernel: Array) -> Array:
 
 def convolve(x: Array, kernel: Array) -> Array:
     """`conv3d` without its derivative, for use inside other derivatives."""
-    return _forward(x, kernel)
+    if partition.ambient():
+        return _forward(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=_forward_on_cpu, default=_forward)
 
 
 def convolve_padded(x: Array, kernel: Array) -> Array:
@@ -58,13 +61,22 @@ def _forward(x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(x, kernel, (1, 1, 1), "VALID", dimension_numbers=DIMENSIONS_3D)
 
 
+def _forward_on_cpu(x: Array, kernel: Array) -> Array:
+    sides = [side - 2 for side in x.shape[1:4]]
+    if len(kernel) == 3 and winograd.pays((len(x), *sides), *kernel.shape[3:]):
+        return winograd.convolve(x, kernel)
+    return _forward(x, kernel)
+
+
 def _padded(x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(x, kernel, (1, 1, 1), "SAME", dimension_numbers=DIMENSIONS_3D)
 
 
 def _padded_on_cpu(x: Array, kernel: Array) -> Array:
-    """The sum over planes; the library is twice as fast when the padding within a plane is left to it."""
+    """Minimal filtering, or the sum over planes: a library is twice as fast when left the padding within them."""
     m, h, w, d, c = x.shape
+    if winograd.pays(x.shape[:4], c, kernel.shape[-1]):
+        return winograd.convolve(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0))), kernel)
     bordered = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
     total = jnp.zeros((m * h, w, d, kernel.shape[-1]), x.dtype)
     for i in range(3):
@@ -103,6 +115,8 @@ def _largest_divisor(total: int, limit: float) -> int:
 def _kernel_gradient_on_cpu(x: Array, g: Array) -> Array:
     m, h, w, d, o = g.shape
     r, c = x.shape[1] - h + 1, x.shape[-1]
+    if r == 3 and winograd.pays(g.shape[:4], c, o):
+        return winograd.kernel_gradient(x, g)
     fitting = _SHIFTED_BYTES / (w * (d + r - 1) * r * (c + o) * x.dtype.itemsize)
     rows, samples = _largest_divisor(h, fitting), _largest_divisor(m, fitting / h)
     bands = h // rows

@@ -10,7 +10,7 @@ from jax import lax
 
 from mambamim_jax.model.mask import draw_mask
 from mambamim_jax.model.packed import masked_conv3, masked_depthwise_conv3, pack, unpack
-from mambamim_jax.ops import upsample_conv
+from mambamim_jax.ops import upsample_conv, winograd
 from mambamim_jax.ops.conv3d import DIMENSIONS_3D, conv3d
 
 TOLERANCE = 1e-5
@@ -81,3 +81,27 @@ def test_upsampling_joined_with_its_convolution(joined, monkeypatch):
         return upsample_conv.upsample_conv3(x, up, bias, kernel)
 
     same_gradients(ours, reference, x, up, bias, kernel)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 12, 16), (3, 5, 4, 7)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-6), ("bfloat16", 1e-2)])
+def test_minimal_filtering(shape, dtype, tolerance, monkeypatch):
+    """Values and the kernel's gradient in several slabs, sides that tiles don't divide; relative to the largest."""
+    monkeypatch.setattr(winograd, "_SLAB_BYTES", 100_000)
+    with jax.enable_x64():
+        x, k, g = (
+            jnp.asarray(np.random.default_rng(i).normal(size=size), dtype)
+            for i, size in enumerate(
+                [(shape[0], *(side + 2 for side in shape[1:]), 6), (3, 3, 3, 6, 7), (*shape, 7)]
+            )
+        )
+        exact = [a.astype(jnp.float64) for a in (x, k, g)]
+        expected, transpose = jax.vjp(lambda k: xla(exact[0], k, padding="VALID"), exact[1])
+        pairs = [
+            (jax.jit(winograd.convolve)(x, k), expected),
+            (jax.jit(winograd.kernel_gradient)(x, g), transpose(exact[2])[0]),
+        ]
+        for found, reference in pairs:
+            assert found.dtype == dtype
+            error = np.max(np.abs(found.astype(jnp.float64) - reference)) / np.max(np.abs(reference))
+            assert error < tolerance
