@@ -338,6 +338,8 @@ class RunConfig:
     steps: int = 0
     resume: str = "auto"
     """auto: continue the workdir's run if there is one; must; never: refuse a workdir with a run in it."""
+    remat: str = "none"
+    """What is computed again in the backward pass to save memory: none, or dots: all but convolutions and products."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -348,6 +350,7 @@ class RunConfig:
         "epochs",
         "steps",
         "resume",
+        "remat",
         "log",
         "checkpoint",
         "mesh",
@@ -361,6 +364,7 @@ class RunConfig:
         expected = "one of config.steps and config.epochs positive, the other 0"
         _require(ok, "steps", self.steps, expected, f"config.epochs is {self.epochs}, set one to 0")
         _one_of("resume", self.resume, ("auto", "never", "must"))
+        _one_of("remat", self.remat, ("none", "dots"))
 
     def total_steps(self, batches_per_epoch: int) -> int:
         """Updates of the whole run."""

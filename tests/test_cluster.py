@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from mambamim_jax.train.processes import Processes, find, first_host
 from mambamim_jax.train.signals import TRY_AGAIN
 from tests import cluster
 from tests.kill_cluster import campaign
+from tests.train.test_loop import damage
 
 KILLS = int(os.environ.get("MAMBAMIM_CLUSTER_KILLS", "2"))
 SLURM = {
@@ -78,6 +81,54 @@ def test_other_numbers_of_processes_and_devices_go_on_with_the_same_losses(tmp_p
     assert stopped_at(workdir, fsdp, 1, 8, 28, signal.SIGTERM) == [75], cluster.printed(workdir)[-3000:]
     assert cluster.end(cluster.start(workdir, fsdp, 2)) == [0, 0], cluster.printed(workdir)[-3000:]
     np.testing.assert_allclose(cluster.losses(workdir, 40), expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["cut", "flipped bit"])
+def test_two_processes_leave_a_damaged_newest_checkpoint_aside(tmp_path, how):
+    config = {"steps": 12, "every": 4}
+    assert cluster.end(cluster.start(tmp_path, config, 2)) == [0, 0], cluster.printed(tmp_path)[-3000:]
+    expected = cluster.losses(tmp_path, 12)
+    for folder in (tmp_path / "checkpoints" / "12").rglob("d"):
+        damage(folder, how)
+    assert cluster.end(cluster.start(tmp_path, config, 2)) == [0, 0], cluster.printed(tmp_path)[-3000:]
+    printed = cluster.printed(tmp_path)
+    assert "checkpoints/12 is damaged and not used" in printed
+    assert "continuing at step 8 of 12" in printed
+    assert cluster.losses(tmp_path, 12) == expected
+
+
+def test_the_watchdog_ends_a_process_that_hangs_and_lets_one_rest():
+    script = """
+import sys, time
+from mambamim_jax.train.processes import Watchdog
+dog = Watchdog(0.4, lambda line: print(line, file=sys.stderr, flush=True))
+dog.beat("step 3")
+with dog.resting():
+    time.sleep(1.5)
+print("rested", flush=True)
+time.sleep(60)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=cluster.ROOT, check=False
+    )
+    assert (done.returncode, done.stdout) == (TRY_AGAIN, "rested\n"), done.stderr
+    assert "nothing has happened for 0.4 s (config.distributed.patience) since step 3" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_watchdog_ends_a_process_whose_peer_hangs(tmp_path):
+    """A peer that is stopped, long before it counts as dead."""
+    config = {"steps": 400, "every": 5, "pause": 0.1, "patience": 15, "heartbeat": 100}
+    started = cluster.start(tmp_path, config, 2)
+    while len(cluster.read_rows(tmp_path / "metrics.jsonl")) < 6:
+        assert started[0].poll() is None, cluster.printed(tmp_path)[-3000:]
+        time.sleep(0.05)
+    started[1].send_signal(signal.SIGSTOP)
+    assert cluster.end(started[:1], 90) == [TRY_AGAIN], cluster.printed(tmp_path)[-3000:]
+    started[1].kill()
+    started[1].wait()
+    assert "nothing has happened for 15 s" in cluster.printed(tmp_path)
 
 
 @pytest.mark.slow

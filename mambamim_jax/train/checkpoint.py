@@ -30,6 +30,8 @@ from mambamim_jax.types import Array
 FOLDER = "checkpoints"
 
 
+SLACK = 2**19
+"""Bytes that a checkpoint takes besides its tensors: some dozens of small files."""
 NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large", "ENOSPC", "EDQUOT", "EFBIG")
 
 
@@ -65,13 +67,21 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
 
     def save(self, step: int, state: State, data: Mapping[str, Any], config: RunConfig) -> None:
-        """Starts saving; the state may be donated as soon as this returns."""
+        """Starts saving; the state may be donated as soon as this returns.
+
+        Where there is no room nothing is written. Processes agree on that before, since one that fails while the others
+        write leaves them waiting for it.
+        """
+        self.wait()
+        room = self._room(state)
+        if not all_agree(not room):
+            self._say_unsaved(room or "no room for another process's part")
+            return
         meta = {"step": step, "data": dict(data), "config": flat(config), "checksums": checksums(state)}
         meta = json.loads(json.dumps(meta))
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"crc": _crc(meta)})
         )
-        self.wait()
         try:
             self.manager.save(step, args=args)
         except Exception as error:
@@ -150,8 +160,17 @@ class Checkpoints:
         for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
         self.manager.reload()
+        self._say_unsaved(one_line(error))
+
+    def _say_unsaved(self, reason: str) -> None:
         good = f"that of step {self.steps()[-1]} stays" if self.steps() else "there is none before it"
-        self.say(f"WARNING: a checkpoint could not be saved, {good} and the run goes on: {one_line(error)}")
+        self.say(f"WARNING: a checkpoint could not be saved, {good} and the run goes on: {reason}")
+
+    def _room(self, state: State) -> str:
+        """What is missing for a checkpoint of this state, as this process sees its disk; nothing where it fits."""
+        needed = SLACK + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        return f"{free} bytes are free in {self.folder}, {needed} needed" if free < needed else ""
 
     def _read(self, step: int, like: Any) -> tuple[dict[str, Any], State]:
         """Description and state, this process's parts of it: nothing here waits for another process."""

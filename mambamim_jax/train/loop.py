@@ -22,7 +22,7 @@ from mambamim_jax.train.checkpoint import Checkpoints
 from mambamim_jax.train.feed import Feed, Stream
 from mambamim_jax.train.logs import METRICS, RunLog, SilentLog, read_rows
 from mambamim_jax.train.optim import AdamW, Schedule
-from mambamim_jax.train.processes import Watchdog
+from mambamim_jax.train.processes import Watchdog, first_alone
 from mambamim_jax.train.progress import Show, Terminal, duration
 from mambamim_jax.train.sharding import Placement, on_host, one_device
 from mambamim_jax.train.signals import caught_signals
@@ -133,8 +133,8 @@ def train(
     try:
         if start < steps:
             state = restored.state if restored else initial_state(task, adamw, config.seed, placement)
-            accumulate, seed = config.optim.accumulate, config.seed
-            step = make_step(task, adamw, schedule, seed=seed, accumulate=accumulate, placement=placement)
+            options = {"seed": config.seed, "accumulate": config.optim.accumulate, "remat": config.remat}
+            step = make_step(task, adamw, schedule, **options, placement=placement)  # type: ignore[arg-type]
             with caught_signals() as caught:
                 run.go(step, state, stream, caught)
         elif restored:
@@ -176,6 +176,7 @@ class _Run:
     samples: int = 0
     seconds: float = 0.0
     clock: float = 0.0
+    turns: int = 0
 
     def go(self, step_function: Callable, state: State, stream: Feed, caught: list[int]) -> None:
         """All remaining steps."""
@@ -228,8 +229,7 @@ class _Run:
         validation = self.task.validation
         if validation is not None:
             kept = on_host(_same, held_parts(state))
-            if self.log.validation is not None:
-                validation.finish(self.step, kept)
+            self.alone(lambda: validation.finish(self.step, kept))
 
     def settle(self, pending: _Pending, state: State, show: Show) -> None:
         """Waits for a step, checks that it was finite, logs and shows it."""
@@ -262,19 +262,28 @@ class _Run:
 
         All processes fetch the parameters, the first one alone measures.
         """
+        if self.validates(self.step):
+            kept = on_host(_same, held_parts(state))
+            self.alone(lambda: self.measure(kept))
+            self.clock = time.monotonic()
+
+    def measure(self, state: State) -> None:
+        """A row of validation.jsonl, unless it is there."""
         validation, rows = self.task.validation, self.log.validation
-        if validation is None or not self.validates(self.step):
-            return
-        state = on_host(_same, held_parts(state))
-        if rows is None:
-            return
+        assert validation is not None
+        assert rows is not None
         earlier = read_rows(rows.path)
         if earlier and earlier[-1]["step"] == self.step:
             return
         row = {"step": self.step, **validation.measure(self.step, state, earlier)}
         rows.append(row)
         self.log.scalars({"step": self.step, "validation": row})
-        self.clock = time.monotonic()
+
+    def alone(self, work: Callable[[], None]) -> None:
+        """By the first process; the others wait, however long it takes."""
+        self.turns += 1
+        with self.dog.resting():
+            first_alone(f"turn {self.turns}", lambda: None if jax.process_index() else work())
 
     def rate(self) -> float:
         """Samples per second."""

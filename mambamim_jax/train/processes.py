@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -213,7 +214,7 @@ class Watchdog:
 
     def __init__(self, patience: float, say: Callable[[str], None]):
         self.patience, self.say, self.last, self.what = patience, say, time.monotonic(), "start"
-        self.over = threading.Event()
+        self.over, self.asleep = threading.Event(), False
         if patience:
             threading.Thread(target=self._watch, daemon=True).start()
 
@@ -221,13 +222,23 @@ class Watchdog:
         """Something has happened."""
         self.last, self.what = time.monotonic(), what
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Meanwhile a long time without a ``beat`` is as it should be."""
+        self.asleep = True
+        try:
+            yield
+        finally:
+            self.asleep = False
+            self.beat(self.what)
+
     def stop(self) -> None:
         """Nothing more is expected."""
         self.over.set()
 
     def _watch(self) -> None:
         while not self.over.wait(min(self.patience / 4, 10)):
-            if time.monotonic() - self.last > self.patience:
+            if not self.asleep and time.monotonic() - self.last > self.patience:
                 self.say(
                     f"error: nothing has happened for {self.patience:g} s (config.distributed.patience) since "
                     f"{self.what}: a device or another process hangs; start again to go on from the newest checkpoint"

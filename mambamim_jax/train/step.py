@@ -26,6 +26,12 @@ RUN_SELDOM: dict[str, str | bool | int | float] = {
     "xla_llvm_disable_expensive_passes": True,
 }
 """For what runs seldom: compiled in a fraction of the time (random numbers: a sixth), but slower."""
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_saveable,
+}
+"""What of the forward pass is kept for the backward, by name: all that it reads; or the results of convolutions and
+matrix products alone, from which the rest (norms, activations, depthwise convolutions, scans) is computed again."""
 STOP = "stop"
 """Part of a batch, int32 (devices,): the number of a signal that a device's process has caught, or 0."""
 Loss: TypeAlias = Callable[[Tree, Tree, Batch, Array], tuple[Array, Tree]]
@@ -133,6 +139,7 @@ def make_step(
     *,
     seed: int,
     accumulate: int = 1,
+    remat: str = "none",
     placement: Placement | None = None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
     """The jitted step: (state, batch) → (state, metrics). The given state is donated.
@@ -141,6 +148,7 @@ def make_step(
 
     Args:
       accumulate: micro-batches per update; gradient and loss are their means, BatchNorm sees each in turn.
+      remat: what is kept for the backward pass, a name in ``REMAT``.
       placement: over which devices, and how; None for one device.
 
     Returns:
@@ -149,12 +157,15 @@ def make_step(
       the largest entry of the batch's ``STOP`` where it has one.
     """
     table = np.asarray(schedule.table(), dtype=np.float32)
+    task_loss = task.loss
+    if REMAT[remat]:
+        task_loss = jax.checkpoint(task_loss, policy=REMAT[remat])
 
     def step(state: State, table: Array, batch: Batch) -> tuple[State, dict[str, Any]]:
         key_prepare, key_loss = jax.random.split(step_key(seed, state["step"]))
         batch, stop = {name: part for name, part in batch.items() if name != STOP}, batch.get(STOP)
         batch = task.prepare(batch, key_prepare)
-        loss, grads, stats = _gradients(task.loss, state, batch, key_loss, accumulate)
+        loss, grads, stats = _gradients(task_loss, state, batch, key_loss, accumulate)
         lr, decay = table[state["step"]]
         params, opt_state, squares = optimiser.update(grads, state["opt_state"], state["params"], lr, decay)
         norm = jnp.sqrt(jnp.sum(squares))

@@ -64,3 +64,22 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_run_goes_on(small_di
     assert cluster.end(cluster.start(workdir, {"steps": saved + 3, "every": 5})) == [0]
     assert f"continuing at step {saved}" in cluster.printed(workdir)
     cluster.losses(workdir, saved + 3)
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_two_processes_go_on(small_disk, tmp_path):
+    """They do not begin what there is no room for."""
+    workdir, ballast = small_disk.parent, small_disk.parent / "checkpoints" / "ballast.tmp"
+    started = cluster.start(workdir, {"steps": STEPS, "every": 6, "pause": 0.2}, 2)
+    saved = lambda: max((int(p.name) for p in small_disk.iterdir() if p.name.isdigit()), default=0)  # noqa: E731
+    until(lambda: saved() >= 6, started[0])  # renamed, so complete; the next is some steps away
+    good = saved()
+    with pytest.raises(OSError, match="No space left"):
+        fill(ballast)
+    until(lambda: "WARNING: a checkpoint could not be saved" in cluster.printed(workdir), started[0])
+    assert f"that of step {good} stays and the run goes on: 0 bytes are free" in cluster.printed(workdir)
+    ballast.unlink()
+    until(lambda: saved() > good, started[0])
+    assert cluster.end(started) == [0, 0], cluster.printed(workdir)[-3000:]
+    assert saved() == STEPS
+    cluster.losses(workdir, STEPS)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mambamim_jax.train.optim import AdamW, Schedule, paths
-from mambamim_jax.train.step import explain_non_finite, initial_state, make_step
+from mambamim_jax.train.step import REMAT, RUN_SELDOM, explain_non_finite, initial_state, make_step
+from tests.train.sharded import mini_task
 from tests.train.tiny import tiny_batch, tiny_task
 
 SCHEDULE = Schedule(peak=5e-2, warmup=2, steps=20, weight_decay=0.04, weight_decay_end=0.2)
@@ -128,3 +129,24 @@ def test_a_non_finite_step_is_discarded_and_named(step):
     assert "layers/0/kernel" in text
     assert "unused" not in text
     assert "\n" not in text
+
+
+def test_what_is_computed_again_has_the_same_gradients():
+    """On a network with one layer of every kind; convolutions and products are kept, activations are not."""
+    task, keys = mini_task(), jax.random.split(jax.random.key(0), 4)
+
+    def pulled(name):
+        """The gradients, and what the backward pass was given."""
+        loss = jax.checkpoint(task.loss, policy=REMAT[name]) if REMAT[name] else task.loss
+        params, stats = task.init(keys[0])
+        batch = task.prepare({"image": jax.random.uniform(keys[1], (8, 4, 4, 4, 1))}, keys[2])
+        value, pull, _ = jax.vjp(lambda p: loss(p, stats, batch, keys[3]), params, has_aux=True)
+        return pull(jnp.ones_like(value))[0], pull
+
+    kept = {name: jax.tree.leaves(jax.eval_shape(lambda n=name: pulled(n)[1])) for name in REMAT}
+    sizes = {name: sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) for name, leaves in kept.items()}
+    assert sizes["dots"] < 0.8 * sizes["none"], sizes
+    gradients = jax.jit(lambda: {name: pulled(name)[0] for name in REMAT}, compiler_options=RUN_SELDOM)()
+    for name in REMAT:
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # noqa: E731
+        jax.tree.map(close, gradients[name], gradients["none"])

@@ -68,7 +68,9 @@ def settings(given: dict[str, str]) -> RunConfig:
         log=LogConfig(every=10),
         checkpoint=CheckpointConfig(every=int(given.get("every", 5)), keep=2),
         mesh=MeshConfig(fsdp=int(given.get("mesh.fsdp", 1)), model=int(given.get("mesh.model", 1))),
-        distributed=DistributedConfig(join=60, heartbeat=10, patience=float(given.get("patience", 120))),
+        distributed=DistributedConfig(
+            join=60, heartbeat=int(given.get("heartbeat", 10)), patience=float(given.get("patience", 120))
+        ),
     )
     if "distributed.process" in given:
         place = (given["coordinator"], int(given["distributed.processes"]), int(given["distributed.process"]))
