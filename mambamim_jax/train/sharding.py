@@ -109,6 +109,22 @@ class Placement:
 
         return under_mesh  # type: ignore[return-value]
 
+    def gathering(self, loss: F) -> F:
+        """The loss, its parameters put together over ``fsdp`` first.
+
+        Left to itself the compiler moves the batch's activations instead where these are the smaller.
+        """
+        sizes = dict(self.mesh.shape)
+        if sizes["fsdp"] == 1:
+            return loss
+
+        def whole(path: str, leaf: Any) -> Any:
+            spec = divide(path, leaf.shape, sizes)
+            kept = PartitionSpec(*(WIDTH if WIDTH in (axes or ()) else None for axes in spec))
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, kept))
+
+        return lambda params, *rest: loss(map_with_path(whole, params), *rest)  # type: ignore[return-value]
+
     def rows(self, batch: int) -> range:
         """The rows of a global batch of this size that this process's devices hold, and so has to read."""
         spans = self.by_rows.addressable_devices_indices_map((batch,)).values()

@@ -157,7 +157,7 @@ def make_step(
       the largest entry of the batch's ``STOP`` where it has one.
     """
     table = np.asarray(schedule.table(), dtype=np.float32)
-    task_loss = task.loss
+    task_loss = placement.gathering(task.loss) if placement else task.loss
     if REMAT[remat]:
         task_loss = jax.checkpoint(task_loss, policy=REMAT[remat])
 

@@ -2,22 +2,26 @@
 
     python -m tests.train.sharded mini 1 2,1,1 1,2,1 …
 
-mini: one layer of every kind that the rules know, quick to compile; hymamba: the pre-training network, made small.
-Then micro-batches, then meshes (data, fsdp, model). Prints one line of JSON a mesh. Adam's epsilon is large, as with
-the usual one it makes full-sized steps of gradients that are zero but for rounding, such as those of a bias before
-BatchNorm.
+mini: one layer of every kind that the rules know, quick to compile; hymamba: the pre-training network, made small;
+demo: the network of the preset demo, its decoder twice as wide so that eight devices divide it. Then micro-batches, or
+0 to only compile and look at what is gathered; then meshes (data, fsdp, model). Prints one line of JSON a mesh. Adam's
+epsilon is large, as with the usual one it makes full-sized steps of gradients that are zero but for rounding, such as
+those of a bias before BatchNorm.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mambamim_jax.bench.collectives import Program
+from mambamim_jax.bench.step import settings
 from mambamim_jax.model.decoder import BatchNorm, DecoderConv3
 from mambamim_jax.model.mamba import MambaLayer
 from mambamim_jax.model.mask import draw_mask
@@ -38,9 +42,11 @@ from mambamim_jax.train.losses import reconstruction_loss
 from mambamim_jax.train.optim import paths
 from mambamim_jax.train.pretrain import mim_task
 from mambamim_jax.train.sharding import divide, make_placement
-from mambamim_jax.train.step import STOP, Task, initial_state, make_step
+from mambamim_jax.train.step import RUN_SELDOM, STOP, Task, abstract_state, initial_state, make_step
 
+PRESET = f"{Path(__file__).parents[2] / 'configs' / 'pretrain.py'}:demo"
 STEPS, BATCH = 20, 8
+FEW = 64
 SIZES = HyMambaConfig((8, 8, 16, 16, 48), depths=(1, 1, 1, 1), expansion=(2, 2, 2, 2), mamba_depth=1, state=4)
 OPTIM = OptimConfig(learning_rate=1e-2, warmup=0.2, eps=1e-4)
 
@@ -88,7 +94,16 @@ def small_task() -> Task:
     return mim_task(PretrainConfig(data=data, model=model))
 
 
-TASKS = {"mini": (mini_task, (4, 4, 4)), "hymamba": (small_task, (32, 32, 16))}
+def demo_task() -> Task:
+    """Pre-training by ``configs/pretrain.py:demo``, in smaller crops."""
+    config = settings(
+        [f"--config={PRESET}", "--config.data.crop=(32,32,32)", "--config.model.decoder_width=128"]
+    )
+    return mim_task(config)
+
+
+CROPS = {"mini": (4, 4, 4), "hymamba": (32, 32, 16), "demo": (32, 32, 32)}
+TASKS = {"mini": mini_task, "hymamba": small_task, "demo": demo_task}
 
 
 def batch(step: int, crop: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -107,17 +122,44 @@ class Compilations:
         self.count += event.endswith("backend_compile_duration")
 
 
+def devices(sizes: tuple[int, ...]) -> list[jax.Device]:
+    return jax.devices()[: int(np.prod(sizes))]
+
+
+def gathered(name: str, sizes: tuple[int, ...]) -> list[str]:
+    """Shapes that the compiled step gathers from other devices and that are no parameter's, but for a few numbers."""
+    placement, task = make_placement(MeshConfig(*sizes), BATCH, devices(sizes)), TASKS[name]()
+    optimiser, schedule = make_optimiser(OPTIM, STEPS, task.unused_parameters)
+    state = placement.like(abstract_state(task, optimiser))
+    step = make_step(task, optimiser, schedule, seed=0, placement=placement)
+    image = jax.ShapeDtypeStruct((BATCH, *CROPS[name], 1), jnp.float32, sharding=placement.by_rows)
+    lowered = jax.jit(step, donate_argnums=0).lower(state, {"image": image})
+    text = lowered.compile(compiler_options=RUN_SELDOM).as_text()
+    known = {squeezed(leaf.shape) for leaf in jax.tree.leaves(state["params"])}
+    found = [c for c in Program(text).collectives if c.kind in ("all-gather", "all-to-all")]
+    return [
+        f"{c.kind} {shape}"
+        for c in found
+        for shape in c.shapes
+        if squeezed(shape) not in known and np.prod(shape) > FEW
+    ]
+
+
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """In whatever order, as the compiler transposes."""
+    return tuple(sorted(size for size in shape if size > 1))
+
+
 def train(name: str, accumulate: int, sizes: tuple[int, ...]) -> dict:
     """The state and the losses after ``STEPS`` steps, the placement, and what was compiled after the first step."""
-    devices, (make, crop) = jax.devices()[: int(np.prod(sizes))], TASKS[name]
-    placement, task = make_placement(MeshConfig(*sizes), BATCH // accumulate, devices), make()
+    placement, task = make_placement(MeshConfig(*sizes), BATCH // accumulate, devices(sizes)), TASKS[name]()
     optimiser, schedule = make_optimiser(OPTIM, STEPS, task.unused_parameters)
     state = initial_state(task, optimiser, 0, placement)
     step = make_step(task, optimiser, schedule, seed=0, accumulate=accumulate, placement=placement)
     quiet, losses, late = placement.flag(0), [], None
     for number in range(STEPS):
         with jax.transfer_guard("disallow"):
-            state, metrics = step(state, placement.put(batch(number, crop)) | {STOP: quiet})
+            state, metrics = step(state, placement.put(batch(number, CROPS[name])) | {STOP: quiet})
         losses.append(float(jax.device_get(metrics["loss"])))
         late = late or Compilations()
     return {"state": state, "losses": losses, "placement": placement, "late": late.count}
@@ -152,6 +194,10 @@ def difference(run: dict, one: dict) -> dict[str, float]:
 
 
 def main(name: str, accumulate: str, *meshes: str) -> None:
+    if accumulate == "0":
+        for mesh in meshes:
+            print(json.dumps({"mesh": mesh, "gathered": gathered(name, tuple(map(int, mesh.split(","))))}))
+        return
     one = train(name, int(accumulate), (1, 1, 1))
     for mesh in meshes:
         run = train(name, int(accumulate), tuple(map(int, mesh.split(","))))

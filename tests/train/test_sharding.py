@@ -27,10 +27,15 @@ ALL = tuple(
 )
 
 
+def rows_divide(batch: int, mesh: str) -> bool:
+    data, fsdp, _ = map(int, mesh.split(","))
+    return batch % (data * fsdp) == 0
+
+
 def on_fake_devices(*arguments: str) -> list[dict]:
     """Reports of ``tests.train.sharded`` on eight devices."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
     }
     command = [sys.executable, "-W", "error", "-m", "tests.train.sharded", *arguments]
@@ -42,11 +47,14 @@ def on_fake_devices(*arguments: str) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", ["1", "2"])
 def test_twenty_steps_are_those_of_one_device(accumulate):
-    """On every mesh with MAMBAMIM_MESHES=all; also: one compilation, no hidden transfer, nothing left whole."""
-    meshes = FEW if accumulate == "1" else FEW[-1:]
+    """On every mesh with MAMBAMIM_MESHES=all, another network with MAMBAMIM_NETWORK=demo.
+
+    Also: one compilation, no hidden transfer, nothing left whole.
+    """
+    meshes, network = FEW if accumulate == "1" else FEW[-1:], os.environ.get("MAMBAMIM_NETWORK", "mini")
     if os.environ.get("MAMBAMIM_MESHES") == "all":
-        meshes = ALL if accumulate == "1" else tuple(m for m in ALL if not m.startswith("8"))
-    for report in on_fake_devices("mini", accumulate, *meshes):
+        meshes = tuple(mesh for mesh in ALL if rows_divide(8 // int(accumulate), mesh))
+    for report in on_fake_devices(network, accumulate, *meshes):
         assert report["fell"] > 0.005, report
         assert report["loss"] < 1e-5, report
         assert report["state"] < 1e-5, report
@@ -54,6 +62,13 @@ def test_twenty_steps_are_those_of_one_device(accumulate):
         assert report["not_divided"] == [], report
         if not report["mesh"].endswith("1,1"):
             assert report["share"] > 0.95, report
+
+
+@pytest.mark.slow
+def test_the_step_gathers_parameters_alone():
+    """Where the batch is divided no activation goes to another device as a whole, and with ``data`` no parameter."""
+    for report in on_fake_devices("mini", "0", "4,1,1", "1,4,1", "2,2,1"):
+        assert report["gathered"] == [], report
 
 
 def sizes(data=1, fsdp=1, model=1):
