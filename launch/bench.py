@@ -1,4 +1,6 @@
-"""Benchmarks: python launch/bench.py {step,toki,scan,loader,preprocess,predict} [options]; NAME --help lists them.
+"""Benchmarks: python launch/bench.py {step,toki,scan,loader,preprocess,predict,scaling,saving,space} [options].
+
+NAME --help lists the options.
 
 Every figure is a ratio of things run alternately in one run, said with hardware and versions.
 """
@@ -11,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-NAMES = ("step", "toki", "scan", "loader", "preprocess", "predict")
+NAMES = ("step", "toki", "scan", "loader", "preprocess", "predict", "scaling", "saving", "space")
 
 
 def main(argv: list[str]) -> int:
