@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mambamim_jax.data.phantom import write_phantoms
+from mambamim_jax.model_files import load_model
 from mambamim_jax.settings import ConfigError, DistributedConfig
+from mambamim_jax.train.optim import paths
 from mambamim_jax.train.processes import Processes, find, first_host
 from mambamim_jax.train.signals import TRY_AGAIN
 from tests import cluster
 from tests.kill_cluster import campaign
+from tests.train import test_finetune
 from tests.train.test_loop import damage
 
 KILLS = int(os.environ.get("MAMBAMIM_CLUSTER_KILLS", "2"))
@@ -129,6 +133,31 @@ def test_the_watchdog_ends_a_process_whose_peer_hangs(tmp_path):
     started[1].kill()
     started[1].wait()
     assert "nothing has happened for 15 s" in cluster.printed(tmp_path)
+
+
+@pytest.mark.slow
+def test_fine_tuning_by_two_processes_is_that_of_one_with_two_devices(tmp_path):
+    source = write_phantoms(tmp_path / "Dataset900_Phantoms", count=3)
+
+    def line(workdir, config):
+        given = test_finetune.TINY | {"data.source": source, "validation.every": 4, "steps": 3, **config}
+        overrides = [f"--config.{name}={value}" for name, value in given.items()]
+        script = [sys.executable, str(cluster.ROOT / "launch" / "finetune.py"), f"--workdir={workdir}"]
+        return [*script, "--config=configs/finetune.py:demo", *overrides]
+
+    workdirs = {count: tmp_path / f"by_{count}" for count in (1, 2)}
+    runs = [cluster.start(workdir, {}, count, 2 // count, line=line) for count, workdir in workdirs.items()]
+    for codes, workdir in zip(map(cluster.end, runs), workdirs.values()):
+        assert set(codes) == {0}, cluster.printed(workdir)[-3000:]
+    one, two = (cluster.losses(workdir, 3) for workdir in workdirs.values())
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    assert one[-1] != one[0]
+    rows = [cluster.read_rows(workdir / "validation.jsonl") for workdir in workdirs.values()]
+    assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]] == [3]
+    assert rows[1][0]["mean_dice"] == pytest.approx(rows[0][0]["mean_dice"], abs=1e-3)
+    one, two = (paths(load_model(workdir / "last").params) for workdir in workdirs.values())
+    for name, array in one.items():
+        np.testing.assert_allclose(two[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
