@@ -11,7 +11,8 @@ def get_config(preset: str = "hymamba_b") -> ConfigDict:
 
         python launch/pretrain.py --config=configs/pretrain.py:demo --workdir=runs/demo
 
-    openkbp: a mid-sized HyMamba on head-and-neck CT in 64³ crops. FOLDER: NIfTI files or an nnU-Net raw set.
+    openkbp: a mid-sized HyMamba on head-and-neck CT in 64³ crops of 3 mm voxels; minutes on one GPU. FOLDER: NIfTI files
+    or an nnU-Net raw set.
 
         python launch/pretrain.py --config=configs/pretrain.py:openkbp --workdir=runs/openkbp \\
             --config.data.source=FOLDER
@@ -45,12 +46,13 @@ def get_config(preset: str = "hymamba_b") -> ConfigDict:
         config.optim.learning_rate, config.optim.warmup = 2e-3, 0.1
         config.log.panel_every = config.checkpoint.every = 200
     elif preset == "openkbp":
-        config.data.crop = (64, 64, 64)
-        config.epochs, config.steps = 0, 2000
+        config.data.crop, config.data.spacing = (64, 64, 64), (3.0, 3.0, 3.0)
+        config.data.crops_per_volume, config.data.volumes_per_batch = 1, 16
+        config.epochs, config.steps = 0, 5000
         config.model.hymamba.channels = (16, 32, 64, 96, 192)
         config.model.decoder_width = 256
-        config.optim.learning_rate, config.optim.warmup = 5e-4, 0.1
-        config.log.panel_every = config.checkpoint.every = 200
+        config.optim.learning_rate, config.optim.warmup = 1e-3, 0.05
+        config.log.panel_every = config.checkpoint.every = 500
     elif preset != "hymamba_b":
         raise unknown_preset(preset, ("demo", "openkbp", "openkbp_cpu", "hymamba_b"))
     return config
