@@ -15,7 +15,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from mambamim_jax.ops import partition
 from mambamim_jax.types import Array
 
 HIGHEST = lax.Precision.HIGHEST
@@ -33,6 +35,15 @@ def anchor_powers(x: Array, A: Array, start: Array, end: Array) -> tuple[Array, 
     Returns:
       two arrays (b, l, c), of x_p and of x_q.
     """
+    rows, P = partition.rows(len(x)), PartitionSpec
+    if rows is None:
+        return _anchor_powers(x, A, start, end)
+    # On a mesh every device sorts its own samples; the compiler would sort, and sum, those of all devices on each.
+    specs, powers = (P(rows), P(), P(rows), P(rows)), (P(rows), P(rows))
+    return jax.shard_map(_anchor_powers, in_specs=specs, out_specs=powers, check_vma=False)(x, A, start, end)
+
+
+def _anchor_powers(x: Array, A: Array, start: Array, end: Array) -> tuple[Array, Array]:
     b, length, c = x.shape
     power = jnp.maximum(end - 1 - jnp.arange(length, dtype=jnp.int32), 0).reshape(-1)
     order = jnp.lexsort((-(end - start).reshape(-1), power))
