@@ -44,9 +44,9 @@ def get_config(preset: str = "recipe") -> ConfigDict:
         python launch/finetune.py --config=configs/finetune.py:recipe --workdir=runs/mine \\
             --config.data.source=FOLDER --config.init=WEIGHTS
 
-    openkbp: head and neck, 7 organs, 100 cases train and 20 are held out (the set's own split), at 3 mm (the shared scans
-    have 4 x 4 x 2.5), with the network of configs/pretrain.py:openkbp; minutes on one GPU. openkbp_cpu: the same at a size
-    for two CPU cores, of configs/pretrain.py:openkbp_cpu.
+    openkbp: head and neck, 7 organs, 100 cases train and 20 are held out (the set's own split), at 3 mm, with the
+    network of configs/pretrain.py:openkbp; minutes on one GPU. openkbp_cpu: the same at a size for two CPU cores, of
+    configs/pretrain.py:openkbp_cpu.
 
     Benchmarks, prepared by ``python launch/prepare.py NAME``; the recipe but for what is said here. Dice (%) in
     brackets: from scratch → MambaMIM pre-training. These figures come from secondary notes on Tang et al., arXiv

@@ -11,8 +11,8 @@ def get_config(preset: str = "hymamba_b") -> ConfigDict:
 
         python launch/pretrain.py --config=configs/pretrain.py:demo --workdir=runs/demo
 
-    openkbp: a mid-sized HyMamba on head-and-neck CT in 64³ crops of 3 mm voxels; minutes on one GPU. FOLDER: NIfTI files
-    or an nnU-Net raw set.
+    openkbp: a mid-sized HyMamba on head-and-neck CT in 64³ crops of 3 mm voxels; minutes on one GPU.
+    FOLDER: NIfTI files or an nnU-Net raw set.
 
         python launch/pretrain.py --config=configs/pretrain.py:openkbp --workdir=runs/openkbp \\
             --config.data.source=FOLDER
