@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from mambamim_jax.config import ConfigDict, defaults, unknown_preset
+from mambamim_jax.config import ConfigDict, defaults, small_widths, unknown_preset
 from mambamim_jax.data.benchmarks import BENCHMARKS
 from mambamim_jax.settings import PHANTOMS
 from mambamim_jax.settings_finetune import FinetuneConfig
@@ -94,7 +94,7 @@ def _openkbp(config: ConfigDict, small: bool) -> None:
         config.loss.background_weight, config.loss.batch = 0.05, True
         config.validation.every, config.validation.overlap, config.validation.cases = 150, 0.25, 4
         config.log.panel_every = config.checkpoint.every = 150
-        _small(config)
+        small_widths(config)
         config.model.hymamba.channels, config.model.head_width = (4, 8, 16, 32, 48), 8
         return
     config.data.crop, config.data.spacing = (64, 64, 64), (3.0, 3.0, 3.0)
@@ -116,15 +116,4 @@ def _demo(config: ConfigDict) -> None:
     config.optim.learning_rate = 3e-3
     config.loss.batch = True
     config.log.panel_every = config.checkpoint.every = config.validation.every = 50
-    _small(config)
-
-
-def _small(config: ConfigDict) -> None:
-    """Widths that two CPU cores can train, those of the small presets in configs/pretrain.py."""
-    config.model.hymamba.channels = (8, 16, 24, 32, 48)
-    config.model.hymamba.depths = (1, 1, 1, 1)
-    config.model.hymamba.mamba_depth = 2
-    config.model.hymamba.state = 8
-    config.model.vision_mamba.channels = (8, 16, 24, 32, 48)
-    config.model.vision_mamba.mamba_depth, config.model.vision_mamba.feature_depths = 4, (1, 2, 3, 4)
-    config.model.vision_mamba.state = 8
+    small_widths(config)

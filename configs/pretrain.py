@@ -1,6 +1,6 @@
-"""Presets of MambaMIM pre-training; the keys and the paper's values are in ``mambamim_jax/settings.py``."""
+"""Presets of MambaMIM pre-training; the keys and the paper's values: ``mambamim_jax/settings.py``."""
 
-from mambamim_jax.config import ConfigDict, defaults, unknown_preset
+from mambamim_jax.config import ConfigDict, defaults, small_widths, unknown_preset
 from mambamim_jax.settings import PHANTOMS, PretrainConfig
 
 
@@ -34,14 +34,16 @@ def get_config(preset: str = "hymamba_b") -> ConfigDict:
         config.data.crop, config.data.spacing = (48, 48, 48), (4.0, 4.0, 4.0)
         config.data.crops_per_volume, config.data.volumes_per_batch = 1, 2
         config.epochs, config.steps = 0, 100
-        _small(config)
+        small_widths(config)
+        config.model.decoder_width = 64
         config.optim.learning_rate, config.optim.warmup = 2e-3, 0.1
         config.log.panel_every = config.checkpoint.every = 50
     elif preset == "openkbp_cpu":
         config.data.crop, config.data.spacing = (32, 32, 32), (6.0, 6.0, 6.0)
         config.data.crops_per_volume, config.data.volumes_per_batch = 1, 4
         config.epochs, config.steps = 0, 600
-        _small(config)
+        small_widths(config)
+        config.model.decoder_width = 64
         config.model.hymamba.channels = (4, 8, 16, 32, 48)
         config.optim.learning_rate, config.optim.warmup = 2e-3, 0.1
         config.log.panel_every = config.checkpoint.every = 200
@@ -56,15 +58,3 @@ def get_config(preset: str = "hymamba_b") -> ConfigDict:
     elif preset != "hymamba_b":
         raise unknown_preset(preset, ("demo", "openkbp", "openkbp_cpu", "hymamba_b"))
     return config
-
-
-def _small(config: ConfigDict) -> None:
-    """Widths that two CPU cores can train."""
-    config.model.hymamba.channels = (8, 16, 24, 32, 48)
-    config.model.hymamba.depths = (1, 1, 1, 1)
-    config.model.hymamba.mamba_depth = 2
-    config.model.hymamba.state = 8
-    config.model.vision_mamba.channels = (8, 16, 24, 32, 48)
-    config.model.vision_mamba.mamba_depth, config.model.vision_mamba.feature_depths = 4, (1, 2, 3, 4)
-    config.model.vision_mamba.state = 8
-    config.model.decoder_width = 64

@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.config import HelpRequested, parse_command_line
 from mambamim_jax.data import datasets, fingerprint, store
-from mambamim_jax.settings import ConfigError
 from mambamim_jax.settings_data import PreprocessConfig
 
 

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from mambamim_jax.settings import ConfigError, did_you_mean, flat_items
+from mambamim_jax.checks import ConfigError, did_you_mean
+from mambamim_jax.settings import flat_items
 
 T = TypeVar("T")
 
@@ -174,6 +175,15 @@ def unknown_preset(preset: str, presets: Sequence[str]) -> ConfigError:
     """The error that a config file raises for a preset it does not have."""
     advice = did_you_mean(preset, presets)
     return ConfigError("--config", f"no preset {preset!r}", "one of " + ", ".join(presets), advice)
+
+
+def small_widths(config: ConfigDict) -> None:
+    """Encoders that two CPU cores can train, the same for a preset of pre-training and of fine-tuning."""
+    hymamba, vision_mamba = config.model.hymamba, config.model.vision_mamba
+    hymamba.channels = vision_mamba.channels = (8, 16, 24, 32, 48)
+    hymamba.depths, hymamba.mamba_depth = (1, 1, 1, 1), 2
+    vision_mamba.mamba_depth, vision_mamba.feature_depths = 4, (1, 2, 3, 4)
+    hymamba.state = vision_mamba.state = 8
 
 
 def _override(config: ConfigDict, key: str, text: str) -> None:

@@ -21,11 +21,12 @@ import numpy as np
 from flax import nnx
 
 from mambamim_jax import __version__, model_card
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.model.encoder import ENCODERS
 from mambamim_jax.model.mask import Mask
 from mambamim_jax.model.mim import MaskedImageModel
 from mambamim_jax.model.segmenter import Segmenter
-from mambamim_jax.settings import ConfigError, ModelConfig
+from mambamim_jax.settings_model import ModelConfig
 from mambamim_jax.train.build import build_encoder
 from mambamim_jax.types import Array, NumpyArray, Tree
 from mambamim_jax.weight_files import WeightFileError, nest, read_arrays, write_arrays

@@ -1,47 +1,25 @@
 """Everything that can be set, as frozen dataclasses: the one place of a key, its default and its meaning.
 
-The defaults are the paper's recipe. Whatever is wrong is a ``ConfigError``: one line that names the key, what
-was found, what was expected and what to do, raised before any work.
+Those of the networks are in ``settings_model``, those of fine-tuning in ``settings_finetune``. The defaults are the
+paper's recipe. Whatever is wrong is a ``ConfigError``: one line that names the key, what was found, what was expected
+and what to do, raised before any work.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mambamim_jax.checks import one_of, require
+from mambamim_jax.settings_model import ModelConfig
 from mambamim_jax.types import Size3, Spacing
 
 STRIDE = 16
 PHANTOMS = "phantoms"
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used. ``exit_code`` is what the launch scripts end with."""
-
-    exit_code = 2
-
-    def __init__(self, key: str, found: str, expected: str, advice: str = ""):
-        super().__init__(f"{key}: {found}; expected {expected}" + (f"; {advice}" if advice else ""))
-
-
-def _require(ok: bool, key: str, found: object, expected: str, advice: str = "") -> None:
-    if not ok:
-        raise ConfigError(f"config.{key}", f"found {found!r}", expected, advice)
-
-
-def _one_of(key: str, found: str, choices: Sequence[str]) -> None:
-    _require(found in choices, key, found, "one of " + ", ".join(choices), did_you_mean(found, choices))
-
-
-def did_you_mean(found: str, choices: Sequence[str]) -> str:
-    """A hint at the choice nearest to what was found, or nothing."""
-    close = difflib.get_close_matches(found, choices, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else ""
 
 
 @dataclass(frozen=True)
@@ -75,22 +53,22 @@ class VolumeConfig:
     def check(self, key: str) -> None:
         if self.source != PHANTOMS:
             advice = f'pass --config.{key}.source=FOLDER, or "{PHANTOMS}" for generated volumes'
-            _require(self.source != "", f"{key}.source", self.source, "a folder with CT volumes", advice)
+            require(self.source != "", f"{key}.source", self.source, "a folder with CT volumes", advice)
             for source in self.sources:
                 found = Path(source).expanduser()
                 usable = found.is_dir() or (found.is_file() and found.suffix == ".json")
-                _require(usable, f"{key}.source", source, "an existing folder or Decathlon .json", advice)
-        _require(self.phantoms > 0, f"{key}.phantoms", self.phantoms, "at least 1")
-        _require(min(self.spacing) > 0, f"{key}.spacing", self.spacing, "three positive lengths in mm")
-        _require(
+                require(usable, f"{key}.source", source, "an existing folder or Decathlon .json", advice)
+        require(self.phantoms > 0, f"{key}.phantoms", self.phantoms, "at least 1")
+        require(min(self.spacing) > 0, f"{key}.spacing", self.spacing, "three positive lengths in mm")
+        require(
             self.window[0] < self.window[1], f"{key}.window", self.window, "(low, high) in HU, low < high"
         )
         check_crop(self.crop, f"{key}.crop")
         for name in ("crops_per_volume", "volumes_per_batch"):
-            _require(getattr(self, name) > 0, f"{key}.{name}", getattr(self, name), "at least 1")
-        _require(0 <= self.max_lost <= 1, f"{key}.max_lost", self.max_lost, "a share in [0, 1]")
+            require(getattr(self, name) > 0, f"{key}.{name}", getattr(self, name), "at least 1")
+        require(0 <= self.max_lost <= 1, f"{key}.max_lost", self.max_lost, "a share in [0, 1]")
         for name in ("workers", "threads", "processes"):
-            _require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "0 or more")
 
     @property
     def sources(self) -> list[str]:
@@ -130,104 +108,20 @@ class DataConfig(VolumeConfig):
                 weights[name.strip()] = float(number)
             except ValueError:
                 name = ""
-            _require(name.strip() != "", key, part, "NAME=NUMBER", "such as --config.data.weights=A=3,B=1")
+            require(name.strip() != "", key, part, "NAME=NUMBER", "such as --config.data.weights=A=3,B=1")
         return weights or None
 
 
 def check_flip(flip: tuple[float, float, float], key: str) -> None:
     """Raises ConfigError unless these are three probabilities."""
-    _require(all(0 <= p <= 1 for p in flip), key, flip, "three probabilities in [0, 1]")
+    require(all(0 <= p <= 1 for p in flip), key, flip, "three probabilities in [0, 1]")
 
 
 def check_crop(crop: Size3, key: str) -> None:
     """Raises ConfigError unless every side is a positive multiple of the stride."""
     near: tuple[int, ...] = tuple(max(1, round(side / STRIDE)) * STRIDE for side in crop)
     ok = all(side > 0 and side % STRIDE == 0 for side in crop)
-    _require(ok, key, crop, f"sides divisible by the stride {STRIDE}", f"try {near}")
-
-
-@dataclass(frozen=True)
-class HyMambaConfig:
-    """MedNeXt stages, then Mamba layers on the kept tokens."""
-
-    channels: tuple[int, ...] = (32, 64, 128, 192, 384)
-    depths: tuple[int, ...] = (2, 2, 2, 1)
-    expansion: tuple[int, ...] = (2, 4, 4, 4)
-    mamba_depth: int = 4
-    state: int = 16
-
-    def check(self, key: str) -> None:
-        for name, length in (("channels", 5), ("depths", 4), ("expansion", 4)):
-            value = getattr(self, name)
-            ok = len(value) == length and all(item > 0 for item in value)
-            _require(ok, f"{key}.{name}", value, f"{length} positive integers")
-        check_width(self.channels[-1], f"{key}.channels", self.channels, "the last width")
-        _require(self.mamba_depth > 0, f"{key}.mamba_depth", self.mamba_depth, "at least 1")
-        _require(self.state > 0, f"{key}.state", self.state, "at least 1")
-
-
-@dataclass(frozen=True)
-class VisionMambaConfig:
-    """A 16³ patch embedding, Mamba layers only, features of several depths lifted to a pyramid."""
-
-    channels: tuple[int, ...] = (64, 128, 192, 384, 384)
-    """Widths of the maps at strides 1, 2, 4, 8, 16; the last is the width of the tokens."""
-    mamba_depth: int = 12
-    feature_depths: tuple[int, ...] = (3, 6, 9, 12)
-    """After which layers the maps at strides 2, 4, 8, 16 are taken."""
-    state: int = 16
-
-    def check(self, key: str) -> None:
-        ok = len(self.channels) == 5 and all(item > 0 for item in self.channels)
-        _require(ok, f"{key}.channels", self.channels, "5 positive integers")
-        check_width(self.channels[-1], f"{key}.channels", self.channels, "the last width")
-        taken, last = self.feature_depths, self.mamba_depth
-        ok = len(taken) == 4 and sorted({*taken}) == [*taken] and taken[0] > 0 and taken[-1] == last
-        expected = f"four increasing layers, the last of them mamba_depth, {last}"
-        _require(ok, f"{key}.feature_depths", taken, expected)
-        _require(self.state > 0, f"{key}.state", self.state, "at least 1")
-
-
-def check_width(width: int, key: str, found: object, what: str) -> None:
-    """Raises ConfigError unless a token width suits the 3D sine-cosine position embedding."""
-    expected = f"{what} divisible by 6 (3D sine-cosine position embedding)"
-    _require(width > 0 and width % 6 == 0, key, found, expected, f"try {max(1, round(width / 6)) * 6}")
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """The encoder, which pre-training and fine-tuning share."""
-
-    encoder: str = "hymamba"
-    hymamba: HyMambaConfig = field(default_factory=HyMambaConfig)
-    vision_mamba: VisionMambaConfig = field(default_factory=VisionMambaConfig)
-    dtype: str = "float32"
-    """Compute type; the scan, the statistics of norms and the loss are always in float32."""
-    scan: str = "auto"
-
-    def check(self, key: str) -> None:
-        _one_of(f"{key}.encoder", self.encoder, ("hymamba", "vision_mamba"))
-        _one_of(f"{key}.dtype", self.dtype, ("float32", "bfloat16"))
-        scans = ("auto", "reference", "associative", "sequential", "pallas_triton", "pallas_mosaic")
-        _one_of(f"{key}.scan", self.scan, scans)
-
-
-@dataclass(frozen=True)
-class ModelConfig(EncoderConfig):
-    """The encoder, and the decoder that reconstructs hidden patches."""
-
-    filler: str = "toki"
-    """What stands in for hidden tokens at the deepest scale."""
-    decoder_width: int = 768
-    mask_ratio: float = 0.75
-
-    def check(self, key: str) -> None:
-        super().check(key)
-        fillers = ("toki", "toki_paper", "toki_scrambled", "linear", "learned_token")
-        _one_of(f"{key}.filler", self.filler, fillers)
-        width, advice = self.decoder_width, f"try {max(1, round(self.decoder_width / 16)) * 16}"
-        ok = width > 0 and width % 16 == 0
-        _require(ok, f"{key}.decoder_width", width, "a width divisible by 16 (halved four times)", advice)
+    require(ok, key, crop, f"sides divisible by the stride {STRIDE}", f"try {near}")
 
 
 @dataclass(frozen=True)
@@ -248,16 +142,16 @@ class OptimConfig:
     """Micro-batches per update."""
 
     def check(self, key: str) -> None:
-        _require(self.learning_rate > 0, f"{key}.learning_rate", self.learning_rate, "a positive number")
-        _require(0 <= self.warmup < 1, f"{key}.warmup", self.warmup, "a share of the run in [0, 1)")
+        require(self.learning_rate > 0, f"{key}.learning_rate", self.learning_rate, "a positive number")
+        require(0 <= self.warmup < 1, f"{key}.warmup", self.warmup, "a share of the run in [0, 1)")
         for name in ("weight_decay", "weight_decay_end"):
-            _require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "zero or more")
-        _require(
+            require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "zero or more")
+        require(
             all(0 <= beta < 1 for beta in self.betas), f"{key}.betas", self.betas, "two numbers in [0, 1)"
         )
-        _require(self.eps > 0, f"{key}.eps", self.eps, "a positive number")
-        _require(self.clip_norm > 0, f"{key}.clip_norm", self.clip_norm, "a positive number or inf")
-        _require(self.accumulate > 0, f"{key}.accumulate", self.accumulate, "at least 1")
+        require(self.eps > 0, f"{key}.eps", self.eps, "a positive number")
+        require(self.clip_norm > 0, f"{key}.clip_norm", self.clip_norm, "a positive number or inf")
+        require(self.accumulate > 0, f"{key}.accumulate", self.accumulate, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -269,8 +163,8 @@ class LogConfig:
     panel_every: int = 500
 
     def check(self, key: str) -> None:
-        _require(self.every > 0, f"{key}.every", self.every, "at least 1")
-        _require(self.panel_every > 0, f"{key}.panel_every", self.panel_every, "at least 1")
+        require(self.every > 0, f"{key}.every", self.every, "at least 1")
+        require(self.panel_every > 0, f"{key}.panel_every", self.panel_every, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -284,9 +178,9 @@ class CheckpointConfig:
     """Besides, every checkpoint whose step is a multiple of this; 0 for none."""
 
     def check(self, key: str) -> None:
-        _require(self.every > 0, f"{key}.every", self.every, "at least 1")
-        _require(self.keep > 1, f"{key}.keep", self.keep, "at least 2, so that a damaged one can be replaced")
-        _require(self.keep_every >= 0, f"{key}.keep_every", self.keep_every, "zero or more")
+        require(self.every > 0, f"{key}.every", self.every, "at least 1")
+        require(self.keep > 1, f"{key}.keep", self.keep, "at least 2, so that a damaged one can be replaced")
+        require(self.keep_every >= 0, f"{key}.keep_every", self.keep_every, "zero or more")
 
 
 @dataclass(frozen=True)
@@ -303,8 +197,8 @@ class MeshConfig:
     def check(self, key: str) -> None:
         sizes = (self.data, self.fsdp, self.model)
         for name, size in zip(("data", "fsdp", "model"), sizes):
-            _require(size > 0 or size == -1, f"{key}.{name}", size, "at least 1, or -1 for what is left")
-        _require(sizes.count(-1) < 2, key, sizes, "at most one -1")
+            require(size > 0 or size == -1, f"{key}.{name}", size, "at least 1, or -1 for what is left")
+        require(sizes.count(-1) < 2, key, sizes, "at most one -1")
 
 
 @dataclass(frozen=True)
@@ -324,8 +218,8 @@ class DistributedConfig:
 
     def check(self, key: str) -> None:
         for name in ("join", "heartbeat"):
-            _require(getattr(self, name) > 0, f"{key}.{name}", getattr(self, name), "at least 1 second")
-        _require(self.patience >= 0, f"{key}.patience", self.patience, "seconds, or 0 for never")
+            require(getattr(self, name) > 0, f"{key}.{name}", getattr(self, name), "at least 1 second")
+        require(self.patience >= 0, f"{key}.patience", self.patience, "seconds, or 0 for never")
 
 
 @dataclass(frozen=True)
@@ -359,12 +253,12 @@ class RunConfig:
     """Keys and sections that may differ when a run is continued."""
 
     def check(self, key: str) -> None:
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "an integer in [0, 2^31)")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "an integer in [0, 2^31)")
         ok = (self.steps > 0) != (self.epochs > 0) and min(self.steps, self.epochs) == 0
         expected = "one of config.steps and config.epochs positive, the other 0"
-        _require(ok, "steps", self.steps, expected, f"config.epochs is {self.epochs}, set one to 0")
-        _one_of("resume", self.resume, ("auto", "never", "must"))
-        _one_of("remat", self.remat, ("none", "dots"))
+        require(ok, "steps", self.steps, expected, f"config.epochs is {self.epochs}, set one to 0")
+        one_of("resume", self.resume, ("auto", "never", "must"))
+        one_of("remat", self.remat, ("none", "dots"))
 
     def total_steps(self, batches_per_epoch: int) -> int:
         """Updates of the whole run."""
@@ -393,10 +287,10 @@ class PretrainConfig(RunConfig):
         kept = round(tokens * (1 - self.model.mask_ratio))
         expected = f"a ratio that hides some but not all of the {tokens} patches of a {self.data.crop} crop"
         ratio = self.model.mask_ratio
-        _require(0 < kept < tokens, "model.mask_ratio", ratio, expected, "the paper uses 0.75")
+        require(0 < kept < tokens, "model.mask_ratio", ratio, expected, "the paper uses 0.75")
         advice = f"a batch is data.crops_per_volume x data.volumes_per_batch = {self.data.batch} crops"
         ok = self.data.batch % self.optim.accumulate == 0
-        _require(ok, "optim.accumulate", self.optim.accumulate, "a divisor of the batch", advice)
+        require(ok, "optim.accumulate", self.optim.accumulate, "a divisor of the batch", advice)
 
 
 def flat(config: RunConfig) -> dict[str, Any]:

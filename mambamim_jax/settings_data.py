@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mambamim_jax.settings import ConfigError
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.types import Spacing
 
 

@@ -10,16 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from mambamim_jax.checks import one_of, require
 from mambamim_jax.data.augment import Augmentation
-from mambamim_jax.settings import (
-    EncoderConfig,
-    OptimConfig,
-    RunConfig,
-    VolumeConfig,
-    check_flip,
-)
-from mambamim_jax.settings import _one_of as one_of
-from mambamim_jax.settings import _require as require
+from mambamim_jax.settings import OptimConfig, RunConfig, VolumeConfig, check_flip
+from mambamim_jax.settings_model import EncoderConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 
 from mambamim_jax.bench import loader, predict, profile, step, toki
 from mambamim_jax.bench.alternate import Side, SideError, measure
-from mambamim_jax.settings import ConfigError
+from mambamim_jax.checks import ConfigError
 from tests.data import ct_files
 
 HLO = """

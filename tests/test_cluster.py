@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.data.phantom import write_phantoms
 from mambamim_jax.model_files import load_model
-from mambamim_jax.settings import ConfigError, DistributedConfig
+from mambamim_jax.settings import DistributedConfig
 from mambamim_jax.train.optim import paths
 from mambamim_jax.train.processes import Processes, find, first_host
 from mambamim_jax.train.signals import TRY_AGAIN

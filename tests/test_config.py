@@ -1,7 +1,8 @@
 import pytest
 
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.config import HelpRequested, parse_command_line
-from mambamim_jax.settings import ConfigError, PretrainConfig, flat
+from mambamim_jax.settings import PretrainConfig, flat
 
 DEMO = "--config=configs/pretrain.py:demo"
 

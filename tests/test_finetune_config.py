@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.config import parse_command_line, validate
-from mambamim_jax.settings import ConfigError, PretrainConfig
+from mambamim_jax.settings import PretrainConfig
 from mambamim_jax.settings_finetune import FinetuneConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"

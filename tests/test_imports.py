@@ -9,24 +9,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mambamim_jax"
 
+SETTINGS = ("checks", "settings", "settings_model", "config", "command")
+
+
+def parts(*names: str) -> tuple[str, ...]:
+    return tuple(f"mambamim_jax.{name}" for name in (*names, *SETTINGS, "evaluate", "bench"))
+
+
 FORBIDDEN = {
     "types.py": ("mambamim_jax.",),
-    "data": (
-        "jax",
-        "flax",
-        *(
-            f"mambamim_jax.{part}"
-            for part in ("ops", "model", "train", "config", "settings", "evaluate", "bench")
-        ),
-    ),
-    "ops": tuple(
-        f"mambamim_jax.{part}"
-        for part in ("model", "train", "data", "config", "settings", "evaluate", "bench")
-    ),
-    "model": tuple(
-        f"mambamim_jax.{part}" for part in ("train", "data", "config", "settings", "evaluate", "bench")
-    ),
-    "train": ("mambamim_jax.config", "mambamim_jax.bench", "ml_collections"),
+    "data": ("jax", "flax", *parts("ops", "model", "train")),
+    "ops": parts("model", "train", "data"),
+    "model": parts("train", "data"),
+    "train": ("mambamim_jax.config", "mambamim_jax.command", "mambamim_jax.bench", "ml_collections"),
     "evaluate": ("mambamim_jax.bench", "ml_collections"),
     "visualise.py": ("mambamim_jax.model", "mambamim_jax.train", "mambamim_jax.data"),
 }

@@ -174,7 +174,7 @@ def _width(dtype: str) -> int:
 
 def by_kind(collectives: Sequence[Collective]) -> dict[str, float]:
     """Bytes that a device sends in one run, by kind."""
-    total: Counter[str] = Counter()
+    total: dict[str, float] = defaultdict(float)
     for collective in collectives:
-        total[collective.kind] += collective.sent  # type: ignore[assignment]
+        total[collective.kind] += collective.sent
     return dict(total)

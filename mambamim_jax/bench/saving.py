@@ -19,7 +19,8 @@ from typing import Any
 
 from mambamim_jax.bench.step import settings
 from mambamim_jax.bench.tables import print_table
-from mambamim_jax.settings import CheckpointConfig, ConfigError, PretrainConfig
+from mambamim_jax.checks import ConfigError
+from mambamim_jax.settings import CheckpointConfig, PretrainConfig
 
 PRESET = f"{Path(__file__).parents[2] / 'configs' / 'pretrain.py'}:demo"
 

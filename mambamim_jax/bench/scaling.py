@@ -22,7 +22,8 @@ from mambamim_jax.bench.collectives import KINDS, Links, Program, by_kind
 from mambamim_jax.bench.profile import matrix_flops
 from mambamim_jax.bench.step import settings
 from mambamim_jax.bench.tables import print_table
-from mambamim_jax.settings import ConfigError, MeshConfig, PretrainConfig
+from mambamim_jax.checks import ConfigError
+from mambamim_jax.settings import MeshConfig, PretrainConfig
 
 STEPS = 1000  # of the schedule
 SMALL = 2**20

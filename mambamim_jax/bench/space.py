@@ -18,8 +18,9 @@ from typing import Any
 
 from mambamim_jax.bench.collectives import KINDS, Links, Program, by_kind
 from mambamim_jax.bench.tables import print_table
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.config import parse_command_line
-from mambamim_jax.settings import PHANTOMS, ConfigError, MeshConfig
+from mambamim_jax.settings import PHANTOMS, MeshConfig
 from mambamim_jax.settings_finetune import FinetuneConfig
 
 PRESET = f"{Path(__file__).parents[2] / 'configs' / 'finetune.py'}:recipe"

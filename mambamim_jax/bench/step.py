@@ -18,8 +18,9 @@ from typing import Any
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.profile import Cost, costliest, matrix_flops, product_ceiling
 from mambamim_jax.bench.tables import print_table
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.config import parse_command_line
-from mambamim_jax.settings import PHANTOMS, ConfigError, PretrainConfig
+from mambamim_jax.settings import PHANTOMS, PretrainConfig
 
 PRESET = f"{Path(__file__).parents[2] / 'configs' / 'pretrain.py'}:hymamba_b"
 GIB = 2**30

@@ -11,8 +11,8 @@ from flax import nnx
 from mambamim_jax.model.encoder import ENCODERS, Encoder
 from mambamim_jax.model.mim import MaskedImageModel
 from mambamim_jax.model.segmenter import Segmenter
-from mambamim_jax.settings import EncoderConfig, ModelConfig
 from mambamim_jax.settings_finetune import SegmenterConfig
+from mambamim_jax.settings_model import EncoderConfig, ModelConfig
 from mambamim_jax.types import Tree
 
 

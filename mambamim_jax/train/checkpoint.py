@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from mambamim_jax.settings import CheckpointConfig, ConfigError, RunConfig, flat
+from mambamim_jax.checks import ConfigError
+from mambamim_jax.settings import CheckpointConfig, RunConfig, flat
 from mambamim_jax.train.optim import paths
 from mambamim_jax.train.processes import all_agree, first_alone, several
 from mambamim_jax.train.sharding import on_host

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mambamim_jax import visualise
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.data.labels import LabelTable
 from mambamim_jax.evaluate.labels import probabilities
 from mambamim_jax.model.segmenter import Segmenter
-from mambamim_jax.settings import ConfigError, EncoderConfig
 from mambamim_jax.settings_finetune import FinetuneConfig
+from mambamim_jax.settings_model import EncoderConfig
 from mambamim_jax.train.build import build_segmenter, to_dicts
 from mambamim_jax.train.checkpoint import open_checkpoints
 from mambamim_jax.train.labelled_data import LabelledData, make_loader, prepare_labelled, read_labels

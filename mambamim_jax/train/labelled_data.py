@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.data import datasets, nifti, phantom, store, volume
 from mambamim_jax.data.augment import Augmentation
 from mambamim_jax.data.datasets import Case, DatasetError
 from mambamim_jax.data.labelled import LabelledLoader
 from mambamim_jax.data.labels import SPLITS, LabelTable, Split, make_split, read_table, take_share
 from mambamim_jax.data.store import Store
-from mambamim_jax.settings import PHANTOMS, ConfigError
+from mambamim_jax.settings import PHANTOMS
 from mambamim_jax.settings_finetune import FinetuneConfig, FinetuneDataConfig
 from mambamim_jax.train.progress import Terminal
 

@@ -17,17 +17,18 @@ import jax
 import numpy as np
 
 from mambamim_jax import visualise
-from mambamim_jax.settings import ConfigError, OptimConfig, RunConfig
+from mambamim_jax.checks import ConfigError
+from mambamim_jax.settings import OptimConfig, RunConfig
 from mambamim_jax.train.checkpoint import Checkpoints
 from mambamim_jax.train.feed import Feed, Stream
 from mambamim_jax.train.logs import METRICS, RunLog, SilentLog, read_rows
 from mambamim_jax.train.optim import AdamW, Schedule
+from mambamim_jax.train.panel import Panel
 from mambamim_jax.train.processes import Watchdog, first_alone
 from mambamim_jax.train.progress import Show, Terminal, duration
 from mambamim_jax.train.sharding import Placement, on_host, one_device
 from mambamim_jax.train.signals import caught_signals
 from mambamim_jax.train.step import (
-    RUN_SELDOM,
     STOP,
     NonFiniteError,
     State,
@@ -36,11 +37,8 @@ from mambamim_jax.train.step import (
     explain_non_finite,
     initial_state,
     make_step,
-    step_key,
 )
-from mambamim_jax.types import NumpyArray
 
-PANEL_CROPS = 2
 ENDS = 10
 
 
@@ -126,15 +124,22 @@ def train(
     first = jax.process_index() == 0
     log = RunLog(workdir, start, validated=task.validation is not None) if first else SilentLog()
     names = list(adamw.trained(like["params"]))
-    panel = _Panel(task, loader, config.seed, placement) if task.panel else None
+    panel = Panel(task, next(iter(loader)), config.seed, placement) if task.panel else None
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     dog = Watchdog(config.distributed.patience, say)
     run = _Run(task, config, workdir, checkpoints, terminal, log, placement, dog, names, panel, start, steps)
     try:
         if start < steps:
             state = restored.state if restored else initial_state(task, adamw, config.seed, placement)
-            options = {"seed": config.seed, "accumulate": config.optim.accumulate, "remat": config.remat}
-            step = make_step(task, adamw, schedule, **options, placement=placement)  # type: ignore[arg-type]
+            step = make_step(
+                task,
+                adamw,
+                schedule,
+                seed=config.seed,
+                accumulate=config.optim.accumulate,
+                remat=config.remat,
+                placement=placement,
+            )
             with caught_signals() as caught:
                 run.go(step, state, stream, caught)
         elif restored:
@@ -167,7 +172,7 @@ class _Run:
     placement: Placement
     dog: Watchdog
     names: list[str]
-    panel: _Panel | None
+    panel: Panel | None
     start: int
     steps: int
     step: int = 0
@@ -341,31 +346,6 @@ class _Run:
         return [line for number, line in enumerate(lines) if line or number == 0]
 
 
-def take(batch: dict[str, NumpyArray], names: tuple[str, ...]) -> dict[str, NumpyArray]:
-    """The parts of a loader's batch that a task asks for."""
-    return {name: batch[name] for name in names}
-
-
-class _Panel:
-    """Pictures of the same crops, with the same patches hidden, all through a run."""
-
-    def __init__(self, task: Task, loader: Loader, seed: int, placement: Placement):
-        assert task.panel
-        whole, batch = placement.everywhere, placement.put(take(next(iter(loader)), task.inputs))
-        self.batch = jax.jit(_first_crops, out_shardings=whole)(batch)
-        panel = placement.traced(task.panel)
-        self.function = jax.jit(panel, out_shardings=whole, compiler_options=RUN_SELDOM)
-        self.titles, self.key = task.titles, step_key(seed, 0)
-
-    def draw(self, state: State, heading: str) -> NumpyArray | None:
-        """The picture; None on all processes but the first, which only take their part in the computation."""
-        parts = self.function(state["params"], state["batch_stats"], self.batch, self.key)
-        if jax.process_index():
-            return None
-        volumes = {title: jax.device_get(parts[title])[0] for title in self.titles}
-        return visualise.draw_panel(volumes, heading)
-
-
 def held_parts(state: State) -> State:
     """What validation reads of a state."""
     return {name: state[name] for name in ("params", "batch_stats", "ema") if name in state}
@@ -373,7 +353,3 @@ def held_parts(state: State) -> State:
 
 def _same(tree: State) -> State:
     return tree
-
-
-def _first_crops(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: part[:PANEL_CROPS] for name, part in batch.items()}

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.data import phantom, store
 from mambamim_jax.data.loader import PretrainLoader
 from mambamim_jax.model.mask import draw_mask, patchify, unpatchify
 from mambamim_jax.model.mim import MaskedImageModel
-from mambamim_jax.settings import PHANTOMS, STRIDE, ConfigError, ModelConfig, PretrainConfig
+from mambamim_jax.settings import PHANTOMS, STRIDE, PretrainConfig
+from mambamim_jax.settings_model import ModelConfig
 from mambamim_jax.train.build import batch_stats, build_mim, to_dicts
 from mambamim_jax.train.checkpoint import open_checkpoints
 from mambamim_jax.train.feed import window

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import jax
 
-from mambamim_jax.settings import ConfigError, DistributedConfig
+from mambamim_jax.checks import ConfigError
+from mambamim_jax.settings import DistributedConfig
 from mambamim_jax.train.signals import TRY_AGAIN
 
 T = TypeVar("T")

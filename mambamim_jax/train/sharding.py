@@ -18,8 +18,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.ops.partition import ROWS, WIDTH
-from mambamim_jax.settings import ConfigError, MeshConfig
+from mambamim_jax.settings import MeshConfig
 from mambamim_jax.train.optim import map_with_path
 from mambamim_jax.types import NumpyArray
 

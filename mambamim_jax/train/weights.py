@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.convert import ConversionError, flatten, from_official
 from mambamim_jax.model_files import CONFIG, ModelFileError, load_model
-from mambamim_jax.settings import ConfigError
 from mambamim_jax.train.optim import under
 from mambamim_jax.types import NumpyArray
 from mambamim_jax.weight_files import WeightFileError, read_arrays

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from mambamim_jax.bench.collectives import Program
+from mambamim_jax.bench.scaling import Compilations
 from mambamim_jax.bench.step import settings
 from mambamim_jax.model.decoder import BatchNorm, DecoderConv3
 from mambamim_jax.model.mamba import MambaLayer
@@ -28,14 +29,8 @@ from mambamim_jax.model.mask import draw_mask
 from mambamim_jax.model.masked_layers import MedNeXtBlock, Pointwise
 from mambamim_jax.model.packed import pack, unpack
 from mambamim_jax.model.upsample import Upsample2
-from mambamim_jax.settings import (
-    DataConfig,
-    HyMambaConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    PretrainConfig,
-)
+from mambamim_jax.settings import DataConfig, MeshConfig, OptimConfig, PretrainConfig
+from mambamim_jax.settings_model import HyMambaConfig, ModelConfig
 from mambamim_jax.train.build import batch_stats, to_dicts
 from mambamim_jax.train.loop import make_optimiser
 from mambamim_jax.train.losses import reconstruction_loss
@@ -109,17 +104,6 @@ TASKS = {"mini": mini_task, "hymamba": small_task, "demo": demo_task}
 def batch(step: int, crop: tuple[int, ...]) -> dict[str, np.ndarray]:
     """A global batch that is a function of the step."""
     return {"image": np.random.default_rng(step).uniform(size=(BATCH, *crop, 1)).astype(np.float32)}
-
-
-class Compilations:
-    """Counts what XLA compiles from now on."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def _heard(self, event: str, seconds: float, **_: object) -> None:
-        self.count += event.endswith("backend_compile_duration")
 
 
 def devices(sizes: tuple[int, ...]) -> list[jax.Device]:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mambamim_jax.settings import CheckpointConfig, ConfigError, LogConfig, OptimConfig, RunConfig
+from mambamim_jax.checks import ConfigError
+from mambamim_jax.settings import CheckpointConfig, LogConfig, OptimConfig, RunConfig
 from mambamim_jax.train.checkpoint import DamagedError, open_checkpoints
 from mambamim_jax.train.logs import read_rows
 from mambamim_jax.train.loop import train

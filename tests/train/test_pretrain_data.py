@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.data import datasets, store
 from mambamim_jax.data.phantom import write_phantoms
 from mambamim_jax.data.volume import window_intensity
-from mambamim_jax.settings import ConfigError, DataConfig, PretrainConfig
+from mambamim_jax.settings import DataConfig, PretrainConfig
 from mambamim_jax.train.pretrain import mim_task, prepare_data
 from mambamim_jax.train.progress import Terminal
 

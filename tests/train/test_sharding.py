@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mambamim_jax.settings import ConfigError, MeshConfig, PretrainConfig
+from mambamim_jax.checks import ConfigError
+from mambamim_jax.settings import MeshConfig, PretrainConfig
 from mambamim_jax.train.optim import paths
 from mambamim_jax.train.pretrain import mim_task
 from mambamim_jax.train.sharding import divide, make_placement

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.convert import flatten, from_official
-from mambamim_jax.settings import ConfigError, HyMambaConfig, VisionMambaConfig
 from mambamim_jax.settings_finetune import SegmenterConfig
+from mambamim_jax.settings_model import HyMambaConfig, VisionMambaConfig
 from mambamim_jax.train.build import build_segmenter, to_dicts
 from mambamim_jax.train.finetune import layer_scales
 from mambamim_jax.train.optim import AdamW, paths

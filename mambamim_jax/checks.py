@@ -1,0 +1,32 @@
+"""Settings that cannot be used: one line that names the key, what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. ``exit_code`` is what the launch scripts end with."""
+
+    exit_code = 2
+
+    def __init__(self, key: str, found: str, expected: str, advice: str = ""):
+        super().__init__(f"{key}: {found}; expected {expected}" + (f"; {advice}" if advice else ""))
+
+
+def require(ok: bool, key: str, found: object, expected: str, advice: str = "") -> None:
+    """Raises ConfigError unless ``ok``; ``key`` is what stands behind ``config.``."""
+    if not ok:
+        raise ConfigError(f"config.{key}", f"found {found!r}", expected, advice)
+
+
+def one_of(key: str, found: str, choices: Sequence[str]) -> None:
+    """Raises ConfigError unless ``found`` is one of ``choices``."""
+    require(found in choices, key, found, "one of " + ", ".join(choices), did_you_mean(found, choices))
+
+
+def did_you_mean(found: str, choices: Sequence[str]) -> str:
+    """A hint at the choice nearest to what was found, or nothing."""
+    close = difflib.get_close_matches(found, choices, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else ""

@@ -1,0 +1,70 @@
+"""What launch/pretrain.py and launch/finetune.py have in common: arguments in, a run, an exit code out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mambamim_jax.checks import ConfigError
+from mambamim_jax.config import HelpRequested, parse_command_line
+from mambamim_jax.settings import RunConfig
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def run_training(arguments: list[str], kind: type[C], usage: str, work: Callable[[C, Path], Any]) -> int:
+    """Parses the arguments and does the work, alone or as one of several processes.
+
+    Args:
+      kind: the settings' class. usage: what --help prints first. work: (settings, workdir) → ``train.loop.Outcome``;
+        what takes long to import it imports itself, so that a wrong argument is told at once.
+
+    Returns:
+      the exit code: 0; 2 settings or data that cannot work; 3 a loss that is not finite; 4 no readable checkpoint;
+      75 saved and to be started again (SIGTERM, SIGUSR1, or another process or a device is gone); 130 Ctrl-C.
+    """
+    try:
+        config, workdir = parse_command_line(arguments, kind, usage)
+    except HelpRequested as help_text:
+        print(help_text)
+        return 0
+    except ConfigError as error:
+        return _fail(error)
+
+    import jax
+
+    from mambamim_jax.data.datasets import DatasetError
+    from mambamim_jax.data.store import DataLossError, StoreError
+    from mambamim_jax.train import processes, signals
+    from mambamim_jax.train.checkpoint import DamagedError
+    from mambamim_jax.train.step import NonFiniteError
+
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+    signals.end_at_once()  # until there is something to save
+    told = (
+        ConfigError,
+        DatasetError,
+        DataLossError,
+        StoreError,
+        DamagedError,
+        NonFiniteError,
+        processes.PeerError,
+    )
+    try:
+        processes.start(config.distributed)
+        outcome = work(config, workdir)
+    except told as error:
+        return processes.leave(_fail(error))
+    except jax.errors.JaxRuntimeError as error:
+        if not processes.several():
+            raise
+        return processes.leave(_fail(processes.lost_peer(error)))
+    return signals.exit_code(outcome.signal)
+
+
+def _fail(error: Exception) -> int:
+    """Prints the one line and gives the exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return getattr(error, "exit_code", 2)
