@@ -12,30 +12,27 @@ import argparse
 import csv
 import json
 import math
-import os
-import queue
-import subprocess
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mambamim_jax.bench.stages import StageError, Stages
 from mambamim_jax.data.datasets import DatasetError, discover
 from mambamim_jax.data.labels import SPLITS, make_split
 from mambamim_jax.evaluate.metrics import METRICS
 from mambamim_jax.evaluate.statistics import OVERALL, compare, summarise
+from mambamim_jax.train.logs import METRICS as METRICS_FILE
+from mambamim_jax.train.logs import read_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 STARTS = ("scratch", "pretrained")
-
-
-class StageError(RuntimeError):
-    """A command failed; the message is one line that names its log."""
 
 
 @dataclass(frozen=True)
@@ -49,51 +46,6 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.start}_{round(100 * self.share)}_{self.seed}"
-
-
-class Stages:
-    """Runs command lines, ``jobs`` at a time, each on its part of the cores, its output in a log.
-
-    Args:
-      workdir: commands.txt, logs, and the compilation cache that all share.
-    """
-
-    def __init__(self, workdir: Path, jobs: int):
-        self.workdir, self.cache = workdir, workdir / "compilation_cache"
-        for folder in (self.cache, workdir / "logs"):
-            folder.mkdir(parents=True, exist_ok=True)
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        self.slots: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
-        for job in range(jobs):
-            self.slots.put(cores[job::jobs])
-        self.pool = ThreadPoolExecutor(jobs)
-
-    def run(self, name: str, script: str, *arguments: str) -> None:
-        """Runs launch/SCRIPT.py.
-
-        Raises: StageError if it fails.
-        """
-        command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments]
-        with open(self.workdir / "commands.txt", "a") as file:
-            file.write(f"python launch/{script}.py {' '.join(arguments)}\n")
-        log, cores = self.workdir / "logs" / f"{name}_{script}.txt", self.slots.get()
-        try:
-            with open(log, "w") as output:
-                process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-                if cores:
-                    os.sched_setaffinity(process.pid, cores)
-                code = process.wait()
-        finally:
-            self.slots.put(cores)
-        if code:
-            last = (log.read_text().strip().splitlines() or [""])[-1]
-            raise StageError(f"{script} of {name} ended with {code}: {last} (see {log})")
-
-    def shared_cache(self, run: Path) -> None:
-        """Has a run's folder use the common compilation cache."""
-        run.mkdir(parents=True, exist_ok=True)
-        if not (run / "compilation_cache").exists():
-            (run / "compilation_cache").symlink_to(self.cache.resolve())
 
 
 def link_sides(source: Path, folder: Path) -> None:
@@ -131,16 +83,21 @@ def pretrain(stages: Stages, options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def finetune_and_score(stages: Stages, run: Run, options: argparse.Namespace, pretraining: Future) -> None:
-    """Fine-tunes, predicts the held-out scans with the last network, and evaluates them on the scans' own grids."""
+def finetune_and_score(
+    stages: Stages, run: Run, options: argparse.Namespace, before: Sequence[Callable[[], object]]
+) -> None:
+    """Fine-tunes, predicts the held-out scans with the last network, and evaluates them on the scans' own grids.
+
+    Args:
+      before: what it waits for.
+    """
     workdir: Path = options.workdir
     folder, data = workdir / "runs" / run.name, workdir / "data"
     if (folder / "evaluation" / "summary.json").is_file():
         return
-    init = []
-    if run.start == "pretrained":
-        pretraining.result()
-        init = [f"--config.init={workdir / 'pretrain'}"]
+    for wait in before:
+        wait()
+    init = [f"--config.init={workdir / 'pretrain'}"] if run.start == "pretrained" else []
     stages.shared_cache(folder)
     flags = [f"--config.{flag}" for flag in options.finetune_flag]
     stages.run(
@@ -158,6 +115,12 @@ def finetune_and_score(stages: Stages, run: Run, options: argparse.Namespace, pr
         run.name, "evaluate", f"--predictions={predictions}", f"--labels={data / 'held_out_labels'}",
         f"--output={folder / 'evaluation'}", "--workers=1",
     )  # fmt: skip
+
+
+def compiled(run: Path, work: Future) -> None:
+    """Waits for a run's first step, after which the others find its program in the cache, or for its end."""
+    while not work.done() and not read_rows(run / METRICS_FILE):
+        time.sleep(1)
 
 
 def read_scores(folder: Path) -> list[dict[str, Any]]:
@@ -233,6 +196,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--overlap", type=float, default=0.5, help="of windows in prediction")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its part of the cores")
     parser.add_argument(
+        "--gpus", type=int, default=0, help="over which the runs are spread; 0: each sees all"
+    )
+    parser.add_argument(
         "--pretrain-flag", action="append", default=[], metavar="KEY=VALUE", help="of its config"
     )
     parser.add_argument(
@@ -242,15 +208,19 @@ def main(argv: list[str]) -> int:
     options.workdir = options.workdir.expanduser().resolve()
     options.source = options.source.expanduser().resolve()
     shares = [float(share) for share in options.shares.split(",")]
-    stages = Stages(options.workdir, options.jobs)
+    stages = Stages(options.workdir, options.jobs, options.gpus)
     try:
         link_sides(options.source, options.workdir / "data")
         pretraining = stages.pool.submit(pretrain, stages, options)
         runs = [
             Run(start, share, seed) for start in STARTS for seed in range(options.seeds) for share in shares
         ]
-        work = [stages.pool.submit(finetune_and_score, stages, run, options, pretraining) for run in runs]
-        for job in (pretraining, *work):
+        submit = lambda run, before: stages.pool.submit(finetune_and_score, stages, run, options, before)  # noqa: E731
+        first = submit(runs[0], ())
+        after = partial(compiled, options.workdir / "runs" / runs[0].name, first)
+        waits = {"scratch": (after,), "pretrained": (pretraining.result, after)}
+        work = [submit(run, waits[run.start]) for run in runs[1:]]
+        for job in (pretraining, first, *work):
             job.result()
     except (DatasetError, StageError) as error:
         stages.pool.shutdown(wait=False, cancel_futures=True)

@@ -127,7 +127,7 @@ def abstract_state(task: Task, optimiser: AdamW) -> State:
     return jax.eval_shape(partial(_create, task, optimiser), jax.random.key(0))
 
 
-def step_key(seed: int, step: Array | int) -> Array:
+def step_key(seed: Array | int, step: Array | int) -> Array:
     """The key of a step, a function of (seed, step) alone."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
@@ -161,7 +161,7 @@ def make_step(
     if REMAT[remat]:
         task_loss = jax.checkpoint(task_loss, policy=REMAT[remat])
 
-    def step(state: State, table: Array, batch: Batch) -> tuple[State, dict[str, Any]]:
+    def step(state: State, table: Array, seed: Array, batch: Batch) -> tuple[State, dict[str, Any]]:
         key_prepare, key_loss = jax.random.split(step_key(seed, state["step"]))
         batch, stop = {name: part for name, part in batch.items() if name != STOP}, batch.get(STOP)
         batch = task.prepare(batch, key_prepare)
@@ -178,14 +178,16 @@ def make_step(
         metrics |= {"grad_squares": squares} | ({} if stop is None else {"stop": jnp.max(stop)})
         return new, metrics
 
+    # The seed is an argument too: runs that differ in it alone share what was compiled.
+    given = (table, np.int32(seed))
     if placement is None:
-        jitted, placed = jax.jit(step, donate_argnums=0), jnp.asarray(table)
+        jitted, placed = jax.jit(step, donate_argnums=0), [jnp.asarray(a) for a in given]
     else:
         # Pinned, or else the moments come back whole on every device and the next step is compiled anew.
         out = (placement.shardings(abstract_state(task, optimiser)), placement.everywhere)
         jitted = jax.jit(placement.traced(step), donate_argnums=0, out_shardings=out)
-        placed = placement.whole(table)
-    return lambda state, batch: jitted(state, placed, batch)
+        placed = [placement.whole(a) for a in given]
+    return lambda state, batch: jitted(state, *placed, batch)
 
 
 def _average(ema: Tree, params: Tree, decay: float, step: Array) -> Tree:
