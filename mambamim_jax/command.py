@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,8 @@ def run_training(arguments: list[str], kind: type[C], usage: str, work: Callable
     from mambamim_jax.train.checkpoint import DamagedError
     from mambamim_jax.train.step import NonFiniteError
 
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
     signals.end_at_once()  # until there is something to save
     told = (
         ConfigError,

@@ -20,19 +20,19 @@ class StageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Slot:
-    """What one command at a time has: some cores, and one GPU where there are several."""
+    """What one command at a time has: one GPU of several, or else some of the cores."""
 
     cores: Sequence[int]
     gpu: int | None
 
     def environment(self, cache: Path) -> dict[str, str]:
-        """Variables of the command's process."""
+        """Variables of the command's process. Programs are found again only under the same name of the cache."""
         gpu = {} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": str(self.gpu)}
         return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)} | gpu
 
 
 class Stages:
-    """Runs command lines, ``jobs`` at a time, each on its part of the cores, its output in a log.
+    """Runs command lines, ``jobs`` at a time, each on its part of the cores or on its GPU, output in a log.
 
     Args:
       workdir: commands.txt, logs, and the compilation cache that all share.
@@ -47,7 +47,7 @@ class Stages:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self.slots: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for job in range(jobs):
-            self.slots.put(Slot(cores[job::jobs], job % gpus if gpus else None))
+            self.slots.put(Slot([], job % gpus) if gpus else Slot(cores[job::jobs], None))
         self.pool = ThreadPoolExecutor(jobs)
 
     def run(self, name: str, script: str, *arguments: str) -> None:
@@ -76,9 +76,3 @@ class Stages:
         if code:
             last = (log.read_text().strip().splitlines() or [""])[-1]
             raise StageError(f"{script} of {name} ended with {code}: {last} (see {log})")
-
-    def shared_cache(self, run: Path) -> None:
-        """Has a run's folder use the common compilation cache."""
-        run.mkdir(parents=True, exist_ok=True)
-        if not (run / "compilation_cache").exists():
-            (run / "compilation_cache").symlink_to(self.cache.resolve())

@@ -75,7 +75,6 @@ def _link(path: Path, link: Path) -> None:
 def pretrain(stages: Stages, options: argparse.Namespace) -> None:
     """Pre-trains on the training scans."""
     folder = options.workdir / "pretrain"
-    stages.shared_cache(folder)
     stages.run(
         "all", "pretrain", f"--config={options.pretrain}", f"--workdir={folder}",
         *(f"--config.{flag}" for flag in options.pretrain_flag),
@@ -98,7 +97,6 @@ def finetune_and_score(
     for wait in before:
         wait()
     init = [f"--config.init={workdir / 'pretrain'}"] if run.start == "pretrained" else []
-    stages.shared_cache(folder)
     flags = [f"--config.{flag}" for flag in options.finetune_flag]
     stages.run(
         run.name, "finetune", f"--config={options.finetune}", f"--workdir={folder}", *flags, *init,
