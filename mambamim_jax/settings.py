@@ -161,10 +161,11 @@ class LogConfig:
     every: int = 10
     """A line on the terminal (where it is no TTY) and TensorBoard scalars; metrics.jsonl has every step."""
     panel_every: int = 500
+    """A picture of the network's work; and one at the end. 0: none."""
 
     def check(self, key: str) -> None:
         require(self.every > 0, f"{key}.every", self.every, "at least 1")
-        require(self.panel_every > 0, f"{key}.panel_every", self.panel_every, "at least 1")
+        require(self.panel_every >= 0, f"{key}.panel_every", self.panel_every, "at least 1, or 0 for none")
 
 
 @dataclass(frozen=True)

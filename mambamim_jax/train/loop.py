@@ -124,7 +124,8 @@ def train(
     first = jax.process_index() == 0
     log = RunLog(workdir, start, validated=task.validation is not None) if first else SilentLog()
     names = list(adamw.trained(like["params"]))
-    panel = Panel(task, next(iter(loader)), config.seed, placement) if task.panel else None
+    drawn = task.panel and config.log.panel_every
+    panel = Panel(task, next(iter(loader)), config.seed, placement) if drawn else None
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     dog = Watchdog(config.distributed.patience, say)
     run = _Run(task, config, workdir, checkpoints, terminal, log, placement, dog, names, panel, start, steps)
@@ -209,7 +210,8 @@ class _Run:
                 if caught and not self.placement.mesh.is_multi_process:
                     self.signal = caught[0]
                 last = step == self.steps or bool(self.signal)
-                drawing, saving = last or step % log.panel_every == 0, last or step % every == 0
+                drawing = bool(self.panel) and (last or step % log.panel_every == 0)
+                saving = last or step % every == 0
                 validating = self.validates(step) and (not self.signal or step == self.steps)
                 if drawing or saving or validating:
                     self.settle(pending, state, show)
@@ -217,11 +219,12 @@ class _Run:
                 if validating:
                     show(step, "validating")
                     self.validate(state)
-                if drawing:
-                    self.draw(state)
                 if saving:
                     self.log.sync()
                     self.checkpoints.save(step, state, stream.get_state(), self.config)
+                if drawing:
+                    show(step, "drawing")
+                    self.draw(state)
                 if self.signal:
                     break
         if self.step == self.steps:
