@@ -150,14 +150,31 @@ class Placement:
 
     def whole(self, array: Any) -> jax.Array:
         """A host array, the same on all processes, copied to every device."""
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, self.everywhere, lambda index: array[index])
+        return _placed(np.asarray(array), self.everywhere)
+
+    def spread(self, state: Any) -> Any:
+        """A whole state on the host, the same on all processes, divided over the devices."""
+        return jax.tree.map(_placed, state, self.shardings(state))
 
     def bytes_per_device(self, state: Any) -> int:
         """What one device holds of a state."""
         shards = jax.tree.map(lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
                               state, self.shardings(state))  # fmt: skip
         return sum(jax.tree.leaves(shards))
+
+
+def _placed(array: NumpyArray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def host_device() -> jax.Device | None:
+    """The processor as a device, beside an accelerator; None where it is the only device or JAX was told not to."""
+    if jax.default_backend() == "cpu":
+        return None
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 @cache

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
+from mambamim_jax.train import step as step_module
 from mambamim_jax.train.optim import AdamW, Schedule, paths
+from mambamim_jax.train.sharding import one_device
 from mambamim_jax.train.step import REMAT, RUN_SELDOM, explain_non_finite, initial_state, make_step
 from tests.train.sharded import mini_task
 from tests.train.tiny import tiny_batch, tiny_task
@@ -150,3 +153,13 @@ def test_what_is_computed_again_has_the_same_gradients():
     for name in REMAT:
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # noqa: E731
         jax.tree.map(close, gradients[name], gradients["none"])
+
+
+def test_a_state_drawn_by_the_host_is_the_same(monkeypatch):
+    """As for an accelerator, whose compiler would take a minute."""
+    expected = initial_state(TASK, ADAMW, seed=3)
+    monkeypatch.setattr(step_module, "host_device", lambda: jax.devices("cpu")[0])
+    for placement in (None, one_device()):
+        state = initial_state(TASK, ADAMW, seed=3, placement=placement)
+        jax.tree.map(np.testing.assert_array_equal, state, expected)
+        assert all(isinstance(leaf.sharding, NamedSharding) for leaf in jax.tree.leaves(state))
