@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -50,6 +51,25 @@ def test_the_table_says_what_the_scores_say(workdir):
         "100% of the labels; Dice on 8 held-out cases, mean ± deviation over 2 seeds" in x for x in lines
     )
     assert any(line.startswith("| mean over classes |") and "+0.050" in line for line in lines)
+
+
+def test_invented_organs_are_left_out_of_the_second_tables(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "copy")
+    for seed in range(SEEDS):
+        file = starts.folder(tmp_path / "copy", starts.Run("scratch", 1.0, seed)) / "scores.csv"
+        lines = file.read_text().splitlines()
+        first = next(i for i, line in enumerate(lines) if ",case_0,liver," in line)
+        made = [("0.0" if part.startswith("0.") else part) for part in lines[first].split(",")]
+        lines[first] = ",".join(made).replace("scored", "invented")
+        file.write_text("\n".join(lines) + "\n")
+    before, after = starts.table(workdir, [1.0], SEEDS), starts.table(tmp_path / "copy", [1.0], SEEDS)
+    liver = [[line for line in lines if line.startswith("| liver |")] for lines in (before, after)]
+    others = np.mean(
+        [dice("scratch", 1.0, seed, case, "liver") for seed in range(SEEDS) for case in CASES[1:]]
+    )
+    assert liver[0][0] == liver[0][1]
+    assert liver[1][0] != liver[0][0]
+    assert liver[1][1].startswith(f"| liver | {others:.3f}")
 
 
 def test_absent_classes_stay_out(workdir):

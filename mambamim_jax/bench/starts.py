@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -141,33 +141,47 @@ def mean_over_seeds(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]
 
 
 def table(workdir: Path, shares: Sequence[float], seeds: int) -> list[str]:
-    """The results as Markdown: Dice by class, mean over seeds, spread between seeds, and the paired difference."""
+    """The results as Markdown: Dice by class, mean over seeds, spread between seeds, and the paired difference.
+
+    First of all organs; then of those that the label has, since a set may leave organs undrawn that the scan shows.
+    """
     lines = []
-    for share in shares:
-        rows = {
-            start: [
-                read_scores(workdir / "runs" / Run(start, share, s).name / "evaluation") for s in range(seeds)
-            ]
-            for start in STARTS
-        }
-        averaged = {start: mean_over_seeds(some) for start, some in rows.items()}
-        differences = compare(averaged["pretrained"], averaged["scratch"])
-        by_seed = {start: [summarise(one) for one in some] for start, some in rows.items()}
-        cases = len({row["case"] for row in averaged["scratch"]})
-        lines += [
-            "",
-            f"{share:.0%} of the labels; Dice on {cases} held-out cases, mean ± deviation over {seeds} seeds",
-            "",
-            "| class | from scratch | pre-trained | difference [95% over cases] | p (Wilcoxon over cases) |",
-            "|---|---|---|---|---|",
-        ]
-        for name in (OVERALL, *(n for n in differences if n != OVERALL)):
-            cells = [_cell([one[name]["dice"]["mean"] for one in by_seed[start]]) for start in STARTS]
-            d = differences[name]["dice"]
-            low, high = (f"{d[end]:+.3f}" if d[end] is not None else "–" for end in ("low", "high"))
-            p = "–" if d["p"] is None else f"{d['p']:.2g}"
-            gap = "–" if d["difference"] is None else f"{d['difference']:+.3f} [{low}, {high}]"
-            lines.append(f"| {name} | {cells[0]} | {cells[1]} | {gap} | {p} |")
+    for what, left_out in (("Dice", ()), ("Dice where the label has the organ", ("invented",))):
+        for share in shares:
+            runs = {
+                start: [
+                    [row for row in scores if row["status"] not in left_out]
+                    for scores in (read_scores(folder(workdir, Run(start, share, s))) for s in range(seeds))
+                ]
+                for start in STARTS
+            }
+            cases = len({row["case"] for row in runs["scratch"][0]})
+            heading = f"{share:.0%} of the labels; {what} on {cases} held-out cases, "
+            lines += ["", f"{heading}mean ± deviation over {seeds} seeds", "", *_body(runs)]
+    return lines
+
+
+def folder(workdir: Path, run: Run) -> Path:
+    """Where a run's evaluation lies."""
+    return workdir / "runs" / run.name / "evaluation"
+
+
+def _body(runs: Mapping[str, Sequence[list[dict[str, Any]]]]) -> list[str]:
+    """Heading and rows: a class each, the mean first."""
+    averaged = {start: mean_over_seeds(some) for start, some in runs.items()}
+    differences = compare(averaged["pretrained"], averaged["scratch"])
+    by_seed = {start: [summarise(one) for one in some] for start, some in runs.items()}
+    lines = [
+        "| class | from scratch | pre-trained | difference [95% over cases] | p (Wilcoxon over cases) |",
+        "|---|---|---|---|---|",
+    ]
+    for name in (OVERALL, *(n for n in differences if n != OVERALL)):
+        cells = [_cell([one[name]["dice"]["mean"] for one in by_seed[start]]) for start in STARTS]
+        d = differences[name]["dice"]
+        low, high = (f"{d[end]:+.3f}" if d[end] is not None else "–" for end in ("low", "high"))
+        p = "–" if d["p"] is None else f"{d['p']:.2g}"
+        gap = "–" if d["difference"] is None else f"{d['difference']:+.3f} [{low}, {high}]"
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {gap} | {p} |")
     return lines
 
 

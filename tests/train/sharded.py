@@ -1,10 +1,11 @@
 """Run in a process of its own with fake devices: a small network's first steps on many meshes, compared and checked.
 
-    python -m tests.train.sharded mini 1 2,1,1 1,2,1 …
+    python -m tests.train.sharded mini 1 2,1,1 1,2,1 nudged …
 
 mini: one layer of every kind that the rules know, quick to compile; hymamba: the pre-training network, made small;
 demo: the network of the preset demo, its decoder twice as wide so that eight devices divide it. Then micro-batches, or
-0 to only compile and look at what is gathered; then meshes (data, fsdp, model). Prints one line of JSON a mesh. Adam's
+0 to only compile and look at what is gathered; then meshes (data, fsdp, model), or ``nudged`` for one device and first
+parameters changed in the seventh digit: how far rounding alone carries. Prints one line of JSON a mesh. Adam's
 epsilon is large, as with the usual one it makes full-sized steps of gradients that are zero but for rounding, such as
 those of a bias before BatchNorm.
 """
@@ -134,11 +135,19 @@ def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(size for size in shape if size > 1))
 
 
-def train(name: str, accumulate: int, sizes: tuple[int, ...]) -> dict:
+def nudge(leaf: jax.Array) -> jax.Array:
+    """Changed in the seventh digit."""
+    noise = np.random.default_rng(1).standard_normal(leaf.shape).astype(np.float32)
+    return jax.device_put(np.asarray(leaf) * (1 + np.float32(1e-7) * noise), leaf.sharding)
+
+
+def train(name: str, accumulate: int, sizes: tuple[int, ...], nudged: bool = False) -> dict:
     """The state and the losses after ``STEPS`` steps, the placement, and what was compiled after the first step."""
     placement, task = make_placement(MeshConfig(*sizes), BATCH // accumulate, devices(sizes)), TASKS[name]()
     optimiser, schedule = make_optimiser(OPTIM, STEPS, task.unused_parameters)
     state = initial_state(task, optimiser, 0, placement)
+    if nudged:
+        state |= {"params": jax.tree.map(nudge, state["params"])}
     step = make_step(task, optimiser, schedule, seed=0, accumulate=accumulate, placement=placement)
     quiet, losses, late = placement.flag(0), [], None
     for number in range(STEPS):
@@ -184,7 +193,8 @@ def main(name: str, accumulate: str, *meshes: str) -> None:
         return
     one = train(name, int(accumulate), (1, 1, 1))
     for mesh in meshes:
-        run = train(name, int(accumulate), tuple(map(int, mesh.split(","))))
+        nudged = mesh == "nudged"
+        run = train(name, int(accumulate), (1, 1, 1) if nudged else tuple(map(int, mesh.split(","))), nudged)
         report = {
             "mesh": mesh,
             "late": run["late"],
