@@ -19,7 +19,7 @@ def run_training(arguments: list[str], kind: type[C], usage: str, work: Callable
     """Parses the arguments and does the work, alone or as one of several processes.
 
     Args:
-      kind: the settings' class. usage: what --help prints first. work: (settings, workdir) → ``train.loop.Outcome``;
+      kind: the settings' class. usage: what --help prints first. work: (settings, workdir) → ``train.summary.Outcome``;
         what takes long to import it imports itself, so that a wrong argument is told at once.
 
     Returns:

@@ -56,7 +56,7 @@ def test_the_table_says_what_the_scores_say(workdir):
 def test_invented_organs_are_left_out_of_the_second_tables(workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / "copy")
     for seed in range(SEEDS):
-        file = starts.folder(tmp_path / "copy", starts.Run("scratch", 1.0, seed)) / "scores.csv"
+        file = starts.Run("scratch", 1.0, seed).evaluation(tmp_path / "copy") / "scores.csv"
         lines = file.read_text().splitlines()
         first = next(i for i, line in enumerate(lines) if ",case_0,liver," in line)
         made = [("0.0" if part.startswith("0.") else part) for part in lines[first].split(",")]
@@ -70,6 +70,30 @@ def test_invented_organs_are_left_out_of_the_second_tables(workdir, tmp_path):
     assert liver[0][0] == liver[0][1]
     assert liver[1][0] != liver[0][0]
     assert liver[1][1].startswith(f"| liver | {others:.3f}")
+
+
+def test_the_other_metrics(workdir):
+    mean = np.mean([dice("scratch", 0.2, 0, case, "liver") for case in CASES]) + 0.005
+    expected = f"| 20%, scratch | {' | '.join([f'{mean:.3f} ± {np.std([0.0, 0.01], ddof=1):.3f}'] * 3)} |"
+    assert expected in starts.table(workdir, [1.0, 0.2], SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--jobs=0", "found 0, expected a whole number, at least 1"),
+        ("--gpus=-1", "found -1, expected a whole number, at least 0"),
+        ("--seeds=x", "found x, expected a whole number"),
+        ("--shares=1.0,20", "found 1.0,20, expected numbers in (0, 1]"),
+        ("--shares=", "found , expected numbers in (0, 1]"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(argument, expected, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        starts.main([f"--source={tmp_path}", f"--workdir={tmp_path / 'out'}", argument])
+    assert caught.value.code == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_absent_classes_stay_out(workdir):

@@ -32,7 +32,7 @@ class Trainer:
         import jax
 
         from mambamim_jax.train.checkpoint import Checkpoints
-        from mambamim_jax.train.loop import make_optimiser
+        from mambamim_jax.train.optim import make_optimiser
         from mambamim_jax.train.pretrain import mim_task
         from mambamim_jax.train.sharding import make_placement
         from mambamim_jax.train.step import initial_state, make_step

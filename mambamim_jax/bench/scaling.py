@@ -34,7 +34,7 @@ def _parts(config: PretrainConfig, mesh: Sequence[int], devices: int, batch: int
     """Task, optimiser, placement and jitted step for ``batch`` crops a device."""
     import jax
 
-    from mambamim_jax.train.loop import make_optimiser
+    from mambamim_jax.train.optim import make_optimiser
     from mambamim_jax.train.pretrain import mim_task
     from mambamim_jax.train.sharding import make_placement
     from mambamim_jax.train.step import make_step

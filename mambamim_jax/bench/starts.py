@@ -47,6 +47,10 @@ class Run:
     def name(self) -> str:
         return f"{self.start}_{round(100 * self.share)}_{self.seed}"
 
+    def evaluation(self, workdir: Path) -> Path:
+        """Where its scores lie."""
+        return workdir / "runs" / self.name / "evaluation"
+
 
 def link_sides(source: Path, folder: Path) -> None:
     """Folders of links: ``train`` (scans), ``held_out`` (scans) and ``held_out_labels``, of the set's first fold.
@@ -92,7 +96,7 @@ def finetune_and_score(
     """
     workdir: Path = options.workdir
     folder, data = workdir / "runs" / run.name, workdir / "data"
-    if (folder / "evaluation" / "summary.json").is_file():
+    if (run.evaluation(workdir) / "summary.json").is_file():
         return
     for wait in before:
         wait()
@@ -111,7 +115,7 @@ def finetune_and_score(
     )  # fmt: skip
     stages.run(
         run.name, "evaluate", f"--predictions={predictions}", f"--labels={data / 'held_out_labels'}",
-        f"--output={folder / 'evaluation'}", "--workers=1",
+        f"--output={run.evaluation(workdir)}", "--workers=1",
     )  # fmt: skip
 
 
@@ -143,27 +147,40 @@ def mean_over_seeds(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]
 def table(workdir: Path, shares: Sequence[float], seeds: int) -> list[str]:
     """The results as Markdown: Dice by class, mean over seeds, spread between seeds, and the paired difference.
 
-    First of all organs; then of those that the label has, since a set may leave organs undrawn that the scan shows.
+    First of all organs; then of those that the label has, since a set may leave organs undrawn that the scan shows;
+    then the other metrics' means over classes.
     """
+    scores = {
+        share: {
+            start: [read_scores(Run(start, share, seed).evaluation(workdir)) for seed in range(seeds)]
+            for start in STARTS
+        }
+        for share in shares
+    }
+    over = f"mean ± deviation over {seeds} seeds"
     lines = []
     for what, left_out in (("Dice", ()), ("Dice where the label has the organ", ("invented",))):
-        for share in shares:
-            runs = {
-                start: [
-                    [row for row in scores if row["status"] not in left_out]
-                    for scores in (read_scores(folder(workdir, Run(start, share, s))) for s in range(seeds))
-                ]
-                for start in STARTS
+        for share, runs in scores.items():
+            kept = {
+                start: [[row for row in rows if row["status"] not in left_out] for rows in some]
+                for start, some in runs.items()
             }
             cases = len({row["case"] for row in runs["scratch"][0]})
-            heading = f"{share:.0%} of the labels; {what} on {cases} held-out cases, "
-            lines += ["", f"{heading}mean ± deviation over {seeds} seeds", "", *_body(runs)]
+            heading = f"{share:.0%} of the labels; {what} on {cases} held-out cases, {over}"
+            lines += ["", heading, "", *_body(kept)]
+    return [*lines, "", f"Means over classes, {over}", "", *_others(scores)]
+
+
+def _others(scores: Mapping[float, Mapping[str, Sequence[list[dict[str, Any]]]]]) -> list[str]:
+    """The metrics beside Dice: a row for each share and start."""
+    names = [metric for metric in METRICS if metric != "dice"]
+    lines = [f"| labels, start | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for share, runs in scores.items():
+        for start, some in runs.items():
+            means = [summarise(rows)[OVERALL] for rows in some]
+            cells = [_cell([mean[name]["mean"] for mean in means]) for name in names]
+            lines.append(f"| {share:.0%}, {start} | {' | '.join(cells)} |")
     return lines
-
-
-def folder(workdir: Path, run: Run) -> Path:
-    """Where a run's evaluation lies."""
-    return workdir / "runs" / run.name / "evaluation"
 
 
 def _body(runs: Mapping[str, Sequence[list[dict[str, Any]]]]) -> list[str]:
@@ -192,6 +209,30 @@ def _cell(values: Sequence[float | None]) -> str:
     return f"{np.mean(known):.3f}" + (f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else "")
 
 
+def _none_or_more(text: str) -> int:
+    number = int(text) if text.isdecimal() else -1
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number, at least 0")
+    return number
+
+
+def _count(text: str) -> int:
+    number = _none_or_more(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number, at least 1")
+    return number
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"found {text}, expected numbers in (0, 1] with commas between")
+    return shares
+
+
 def main(argv: list[str]) -> int:
     """Everything; 0, or 2 with one line on what is wrong."""
     description, _, usage = (__doc__ or "").partition("\n\n")
@@ -203,12 +244,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--pretrain", default="configs/pretrain.py:openkbp_cpu", help="config")
     parser.add_argument("--finetune", default="configs/finetune.py:openkbp_cpu", help="config")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--shares", default="1.0,0.2", help="of the labels")
+    parser.add_argument("--seeds", type=_count, default=3)
+    parser.add_argument("--shares", type=_shares, default="1.0,0.2", help="of the labels, each in (0, 1]")
     parser.add_argument("--overlap", type=float, default=0.5, help="of windows in prediction")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its part of the cores")
     parser.add_argument(
-        "--gpus", type=int, default=0, help="over which the runs are spread; 0: each sees all"
+        "--jobs", type=_count, default=1, help="runs at a time, each on its part of the cores"
+    )
+    parser.add_argument(
+        "--gpus", type=_none_or_more, default=0, help="over which the runs are spread; 0: each sees all"
     )
     parser.add_argument(
         "--pretrain-flag", action="append", default=[], metavar="KEY=VALUE", help="of its config"
@@ -219,13 +262,15 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     options.workdir = options.workdir.expanduser().resolve()
     options.source = options.source.expanduser().resolve()
-    shares = [float(share) for share in options.shares.split(",")]
     stages = Stages(options.workdir, options.jobs, options.gpus)
     try:
         link_sides(options.source, options.workdir / "data")
         pretraining = stages.pool.submit(pretrain, stages, options)
         runs = [
-            Run(start, share, seed) for start in STARTS for seed in range(options.seeds) for share in shares
+            Run(start, share, seed)
+            for start in STARTS
+            for seed in range(options.seeds)
+            for share in options.shares
         ]
         submit = lambda run, before: stages.pool.submit(finetune_and_score, stages, run, options, before)  # noqa: E731
         first = submit(runs[0], ())
@@ -238,7 +283,7 @@ def main(argv: list[str]) -> int:
         stages.pool.shutdown(wait=False, cancel_futures=True)
         print(f"error: {error}", file=sys.stderr)
         return 2
-    lines = table(options.workdir, shares, options.seeds)
+    lines = table(options.workdir, options.shares, options.seeds)
     print("\n".join(lines))
     (options.workdir / "table.md").write_text("\n".join(lines) + "\n")
     (options.workdir / "settings.json").write_text(json.dumps(vars(options), indent=1, default=str) + "\n")

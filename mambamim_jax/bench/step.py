@@ -40,7 +40,7 @@ class OurStep:
     def __init__(self, arguments: Sequence[str], batch: int, dtype: str, costs: int = 0):
         import jax
 
-        from mambamim_jax.train.loop import make_optimiser
+        from mambamim_jax.train.optim import make_optimiser
         from mambamim_jax.train.pretrain import mim_task
         from mambamim_jax.train.step import initial_state, make_step
 

@@ -23,13 +23,14 @@ from mambamim_jax.settings_model import EncoderConfig
 from mambamim_jax.train.build import build_segmenter, to_dicts
 from mambamim_jax.train.checkpoint import open_checkpoints
 from mambamim_jax.train.labelled_data import LabelledData, make_loader, prepare_labelled, read_labels
-from mambamim_jax.train.loop import Outcome, train
+from mambamim_jax.train.loop import train
 from mambamim_jax.train.losses import segmentation_loss, targets_of
 from mambamim_jax.train.optim import paths, under
 from mambamim_jax.train.processes import first_alone
 from mambamim_jax.train.progress import Terminal
 from mambamim_jax.train.sharding import make_placement
 from mambamim_jax.train.step import Batch, Task
+from mambamim_jax.train.summary import Outcome
 from mambamim_jax.train.validation import HeldOut, without_heads
 from mambamim_jax.train.weights import load_start
 from mambamim_jax.types import Array, NumpyArray, Tree

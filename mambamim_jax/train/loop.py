@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 
 from mambamim_jax import visualise
 from mambamim_jax.checks import ConfigError
-from mambamim_jax.settings import OptimConfig, RunConfig
+from mambamim_jax.settings import RunConfig
 from mambamim_jax.train.checkpoint import Checkpoints
 from mambamim_jax.train.feed import Feed, Stream
-from mambamim_jax.train.logs import METRICS, RunLog, SilentLog, read_rows
-from mambamim_jax.train.optim import AdamW, Schedule
+from mambamim_jax.train.logs import RunLog, SilentLog, read_rows
+from mambamim_jax.train.optim import make_optimiser
 from mambamim_jax.train.panel import Panel
 from mambamim_jax.train.processes import Watchdog, first_alone
-from mambamim_jax.train.progress import Show, Terminal, duration
+from mambamim_jax.train.progress import Show, Terminal
 from mambamim_jax.train.sharding import Placement, on_host, one_device
 from mambamim_jax.train.signals import caught_signals
 from mambamim_jax.train.step import (
@@ -38,8 +37,7 @@ from mambamim_jax.train.step import (
     initial_state,
     make_step,
 )
-
-ENDS = 10
+from mambamim_jax.train.summary import Outcome, summarise
 
 
 class Loader(Protocol):
@@ -50,25 +48,6 @@ class Loader(Protocol):
     def __iter__(self) -> Stream: ...
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-      step: updates done. steps: updates planned.
-      first_loss, last_loss: means over the first and the last ten steps of the whole run.
-      samples_per_second: since this process started training, without its first step (compilation).
-      signal: the number of the signal that ended it early, or 0.
-    """
-
-    step: int
-    steps: int
-    first_loss: float
-    last_loss: float
-    samples_per_second: float
-    signal: int = 0
-
-
 @dataclass
 class _Pending:
     """A step that has been dispatched, not yet looked at."""
@@ -77,18 +56,6 @@ class _Pending:
     metrics: dict[str, Any]
     batch: dict[str, Any]
     wait: float
-
-
-def make_optimiser(
-    config: OptimConfig,
-    steps: int,
-    untrained: tuple[str, ...],
-    scales: tuple[tuple[str, float], ...] = (),
-) -> tuple[AdamW, Schedule]:
-    """AdamW and the schedule of a run of so many steps."""
-    adamw = AdamW(config.betas, config.eps, config.clip_norm, untrained, scales)
-    warmup = round(config.warmup * steps)
-    return adamw, Schedule(config.learning_rate, warmup, steps, config.weight_decay, config.weight_decay_end)
 
 
 def train(
@@ -209,22 +176,23 @@ class _Run:
                 pending = _Pending(step, metrics, batch, wait)
                 if caught and not self.placement.mesh.is_multi_process:
                     self.signal = caught[0]
-                last = step == self.steps or bool(self.signal)
-                drawing = bool(self.panel) and (last or step % log.panel_every == 0)
-                saving = last or step % every == 0
-                validating = self.validates(step) and (not self.signal or step == self.steps)
+                last = step == self.steps
+                saving = last or bool(self.signal) or step % every == 0
+                # Once a signal has come there is time to save, not for more.
+                validating = self.validates(step) and (last or not self.signal)
+                drawing = self.draws(step) and (last or not self.signal)
                 if drawing or saving or validating:
                     self.settle(pending, state, show)
                     pending = None
                 if validating:
                     show(step, "validating")
                     self.validate(state)
-                if saving:
-                    self.log.sync()
-                    self.checkpoints.save(step, state, stream.get_state(), self.config)
                 if drawing:
                     show(step, "drawing")
                     self.draw(state)
+                if saving:
+                    self.log.sync()
+                    self.checkpoints.save(step, state, stream.get_state(), self.config)
                 if self.signal:
                     break
         if self.step == self.steps:
@@ -304,10 +272,13 @@ class _Run:
         where = f"step {steps[-1]} in {self.checkpoints.folder}" if steps else "none, it had not come so far"
         return f"last good checkpoint: {where}"
 
+    def draws(self, step: int) -> bool:
+        """Whether a step is one after which the panel is drawn."""
+        return self.panel is not None and (step % self.config.log.panel_every == 0 or step == self.steps)
+
     def draw(self, state: State) -> None:
         """The panel, as a PNG and for TensorBoard."""
-        if self.panel is None:
-            return
+        assert self.panel is not None
         step = self.step
         image = self.panel.draw(state, f"{self.task.name}, step {step}, loss {self.loss:.4f}")
         if image is not None:
@@ -317,36 +288,17 @@ class _Run:
 
     def finish(self) -> Outcome:
         """The loss curve and the summary."""
-        rows = read_rows(self.workdir / METRICS)
-        losses = [row["loss"] for row in rows] or [float("nan")]
-        first, last = float(np.mean(losses[:ENDS])), float(np.mean(losses[-ENDS:]))
-        step = rows[-1]["step"] if rows else 0
-        if rows and jax.process_index() == 0:
-            curve = visualise.draw_loss_curve(rows, f"{self.task.name}: loss")
-            visualise.write_png(curve, self.workdir / "loss.png")
-        outcome = Outcome(step, self.steps, first, last, self.rate(), self.signal)
-        for line in self.summary(outcome, sum(row["seconds"] for row in rows)):
-            self.terminal.say(line)
-        return outcome
-
-    def summary(self, outcome: Outcome, seconds: float) -> list[str]:
-        """One screen: what was trained, how it went, where everything is."""
-        done = "done" if outcome.step >= outcome.steps else f"stopped by signal {outcome.signal}"
-        took, kept = duration(seconds), ", ".join(map(str, self.checkpoints.steps()))
-        fall = f"{outcome.first_loss:.4f} → {outcome.last_loss:.4f} (means of {ENDS} steps)"
-        lines = [
-            "",
-            f"{self.task.name} {done}: step {outcome.step} of {outcome.steps}, {took} of training",
-            *(f"  {line}" for line in self.task.description),
-            f"  loss         {fall}",
-            f"  speed        {outcome.samples_per_second:.2f} samples/s",
-            f"  checkpoints  {self.checkpoints.folder} (steps {kept})",
-            f"  panels       {self.workdir / 'panels'}" if self.panel else "",
-            f"  loss curve   {self.workdir / 'loss.png'}",
-            f"  metrics      {self.workdir / METRICS}",
-            f"  TensorBoard  tensorboard --logdir {self.workdir / 'tensorboard'}",
-        ]
-        return [line for number, line in enumerate(lines) if line or number == 0]
+        kept = self.checkpoints.steps()
+        return summarise(
+            self.task,
+            self.workdir,
+            self.steps,
+            self.signal,
+            self.rate(),
+            kept,
+            self.panel is not None,
+            self.terminal,
+        )
 
 
 def held_parts(state: State) -> State:

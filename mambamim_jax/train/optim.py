@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mambamim_jax.settings import OptimConfig
 from mambamim_jax.types import Array, NumpyArray, Tree
 
 CLIP_EPSILON = 1e-6
@@ -134,3 +135,15 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Tree) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree
     )
+
+
+def make_optimiser(
+    config: OptimConfig,
+    steps: int,
+    untrained: tuple[str, ...],
+    scales: tuple[tuple[str, float], ...] = (),
+) -> tuple[AdamW, Schedule]:
+    """AdamW and the schedule of a run of so many steps."""
+    adamw = AdamW(config.betas, config.eps, config.clip_norm, untrained, scales)
+    warmup = round(config.warmup * steps)
+    return adamw, Schedule(config.learning_rate, warmup, steps, config.weight_decay, config.weight_decay_end)

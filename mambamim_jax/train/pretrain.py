@@ -18,12 +18,13 @@ from mambamim_jax.settings_model import ModelConfig
 from mambamim_jax.train.build import batch_stats, build_mim, to_dicts
 from mambamim_jax.train.checkpoint import open_checkpoints
 from mambamim_jax.train.feed import window
-from mambamim_jax.train.loop import Outcome, train
+from mambamim_jax.train.loop import train
 from mambamim_jax.train.losses import patch_statistics, reconstruction_loss
 from mambamim_jax.train.processes import first_alone
 from mambamim_jax.train.progress import Terminal
 from mambamim_jax.train.sharding import make_placement
 from mambamim_jax.train.step import Batch, Task
+from mambamim_jax.train.summary import Outcome
 from mambamim_jax.types import Array, Tree
 
 TITLES = ("input", "masked", "reconstruction", "absolute error")

@@ -168,9 +168,7 @@ def _placed(array: NumpyArray, sharding: NamedSharding) -> jax.Array:
 
 
 def host_device() -> jax.Device | None:
-    """The processor as a device, beside an accelerator; None where it is the only device or JAX was told not to."""
-    if jax.default_backend() == "cpu":
-        return None
+    """The processor as a device, which JAX has beside an accelerator; None where JAX_PLATFORMS leaves it out."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

@@ -107,18 +107,13 @@ def _create(task: Task, optimiser: AdamW, key: Array) -> State:
 def initial_state(task: Task, optimiser: AdamW, seed: int, placement: Placement | None = None) -> State:
     """The state before the first update, divided as ``placement`` says.
 
-    For accelerators the host draws it: in seconds, where compiling some hundred small draws for a GPU takes most of a
-    minute, and the same numbers whatever the device.
+    The host draws it, for accelerators too: in seconds, where compiling some hundred small draws for a GPU takes most
+    of a minute, and the same numbers whatever the device.
     """
-    create = lambda seed: _create(task, optimiser, jax.random.key(seed))  # noqa: E731
-    host = host_device()
-    if host is not None:
-        with jax.default_device(host):
-            drawn = jax.device_get(jax.jit(create, compiler_options=RUN_SELDOM)(np.int32(seed)))
-        return with_loaded((placement or one_device()).spread(drawn), task.loaded)
-    shardings = placement.shardings(abstract_state(task, optimiser)) if placement else None
-    init = jax.jit(create, out_shardings=shardings, compiler_options=RUN_SELDOM)
-    return with_loaded(init(np.int32(seed)), task.loaded)
+    create = jax.jit(lambda seed: _create(task, optimiser, jax.random.key(seed)), compiler_options=RUN_SELDOM)
+    with jax.default_device(host_device()):
+        drawn = jax.device_get(create(np.int32(seed)))
+    return with_loaded((placement or one_device()).spread(drawn), task.loaded)
 
 
 def with_loaded(state: State, loaded: Mapping[str, NumpyArray]) -> State:

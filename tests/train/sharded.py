@@ -33,9 +33,8 @@ from mambamim_jax.model.upsample import Upsample2
 from mambamim_jax.settings import DataConfig, MeshConfig, OptimConfig, PretrainConfig
 from mambamim_jax.settings_model import HyMambaConfig, ModelConfig
 from mambamim_jax.train.build import batch_stats, to_dicts
-from mambamim_jax.train.loop import make_optimiser
 from mambamim_jax.train.losses import reconstruction_loss
-from mambamim_jax.train.optim import paths
+from mambamim_jax.train.optim import make_optimiser, paths
 from mambamim_jax.train.pretrain import mim_task
 from mambamim_jax.train.sharding import divide, make_placement
 from mambamim_jax.train.step import RUN_SELDOM, STOP, Task, abstract_state, initial_state, make_step

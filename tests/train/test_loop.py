@@ -230,6 +230,13 @@ def test_resume_policies_and_mismatches(tmp_path):
     assert "config.log.every: now 1, was 2" in printed
 
 
+def test_panels_can_be_left_out(tmp_path):
+    config = replace(CONFIG, steps=2, log=LogConfig(every=1, panel_every=0))
+    _, printed = run(tmp_path, config, task=picture_task())
+    assert not (tmp_path / "panels").exists()
+    assert "panels" not in printed
+
+
 def test_sigterm_saves_and_ends(whole, tmp_path):
     def kill(number, batch):
         if number == 5:  # read while step 4 is computed

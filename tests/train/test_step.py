@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
 from mambamim_jax.train import step as step_module
 from mambamim_jax.train.optim import AdamW, Schedule, paths
@@ -155,11 +154,12 @@ def test_what_is_computed_again_has_the_same_gradients():
         jax.tree.map(close, gradients[name], gradients["none"])
 
 
-def test_a_state_drawn_by_the_host_is_the_same(monkeypatch):
-    """As for an accelerator, whose compiler would take a minute."""
-    expected = initial_state(TASK, ADAMW, seed=3)
-    monkeypatch.setattr(step_module, "host_device", lambda: jax.devices("cpu")[0])
-    for placement in (None, one_device()):
+def test_the_state_lies_where_the_placement_says_with_and_without_a_processor(monkeypatch):
+    """Without one, as JAX_PLATFORMS=cuda has it, the default device draws."""
+    placement, drawn = one_device(), []
+    for host in (jax.devices("cpu")[0], None):
+        monkeypatch.setattr(step_module, "host_device", lambda host=host: host)
         state = initial_state(TASK, ADAMW, seed=3, placement=placement)
-        jax.tree.map(np.testing.assert_array_equal, state, expected)
-        assert all(isinstance(leaf.sharding, NamedSharding) for leaf in jax.tree.leaves(state))
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == placement.shardings(state)
+        drawn.append(jax.device_get(state))
+    jax.tree.map(np.testing.assert_array_equal, *drawn)

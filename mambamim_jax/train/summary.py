@@ -1,0 +1,78 @@
+"""The end of a run: how it went, on one screen, and the loss curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mambamim_jax import visualise
+from mambamim_jax.train.logs import METRICS, read_rows
+from mambamim_jax.train.progress import Terminal, duration
+from mambamim_jax.train.step import Task
+
+ENDS = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      step: updates done. steps: updates planned.
+      first_loss, last_loss: means over the first and the last ten steps of the whole run.
+      samples_per_second: since this process started training, without its first step (compilation).
+      signal: the number of the signal that ended it early, or 0.
+    """
+
+    step: int
+    steps: int
+    first_loss: float
+    last_loss: float
+    samples_per_second: float
+    signal: int = 0
+
+
+def summarise(
+    task: Task,
+    workdir: Path,
+    steps: int,
+    signal: int,
+    rate: float,
+    kept: Sequence[int],
+    drawn: bool,
+    terminal: Terminal,
+) -> Outcome:
+    """Reads the run's metrics, draws its loss curve and says how it went and where everything is.
+
+    Args:
+      steps, signal, rate: see ``Outcome``.
+      kept: steps of the checkpoints.
+      drawn: whether there are panels.
+    """
+    rows = read_rows(workdir / METRICS)
+    losses = [row["loss"] for row in rows] or [float("nan")]
+    first, last = float(np.mean(losses[:ENDS])), float(np.mean(losses[-ENDS:]))
+    outcome = Outcome(rows[-1]["step"] if rows else 0, steps, first, last, rate, signal)
+    if rows and jax.process_index() == 0:
+        visualise.write_png(visualise.draw_loss_curve(rows, f"{task.name}: loss"), workdir / "loss.png")
+    done = "done" if outcome.step >= steps else f"stopped by signal {signal}"
+    took = duration(sum(row["seconds"] for row in rows))
+    lines = [
+        "",
+        f"{task.name} {done}: step {outcome.step} of {steps}, {took} of training",
+        *(f"  {line}" for line in task.description),
+        f"  loss         {first:.4f} → {last:.4f} (means of {ENDS} steps)",
+        f"  speed        {rate:.2f} samples/s",
+        f"  checkpoints  {workdir / 'checkpoints'} (steps {', '.join(map(str, kept))})",
+        *([f"  panels       {workdir / 'panels'}"] if drawn else []),
+        f"  loss curve   {workdir / 'loss.png'}",
+        f"  metrics      {workdir / METRICS}",
+        f"  TensorBoard  tensorboard --logdir {workdir / 'tensorboard'}",
+    ]
+    for line in lines:
+        terminal.say(line)
+    return outcome
