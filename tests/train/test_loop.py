@@ -234,7 +234,7 @@ def test_panels_can_be_left_out(tmp_path):
     config = replace(CONFIG, steps=2, log=LogConfig(every=1, panel_every=0))
     _, printed = run(tmp_path, config, task=picture_task())
     assert not (tmp_path / "panels").exists()
-    assert "panels" not in printed
+    assert "  panels  " not in printed
 
 
 def test_sigterm_saves_and_ends(whole, tmp_path):
