@@ -59,7 +59,7 @@ def synthetic(path: Path, slices: int) -> Path:
     import nibabel
     import numpy as np
 
-    from mambamim_jax.data.phantom import draw_phantom
+    from mambamim_jax.data.anatomy import draw_phantom
 
     rng = np.random.default_rng(0)
     hu, _ = draw_phantom(rng, (2.8125, 2.1875, 3.0), (20, 330))
