@@ -194,9 +194,14 @@ class MeshConfig:
     """Divides the batch, and the parameters and their moments."""
     model: int = 1
     """Divides the widths of convolutions and Mamba layers."""
+    space: int = 1
+    """Divides every crop along its first axis, for crops too large for one device."""
 
     def check(self, key: str) -> None:
         sizes = (self.data, self.fsdp, self.model)
+        require(self.space > 0, f"{key}.space", self.space, "at least 1")
+        apart = f"1 where config.{key}.model is {self.model}: widths and space are not divided together"
+        require(1 in (self.model, self.space), f"{key}.space", self.space, apart)
         for name, size in zip(("data", "fsdp", "model"), sizes):
             require(size > 0 or size == -1, f"{key}.{name}", size, "at least 1, or -1 for what is left")
         require(sizes.count(-1) < 2, key, sizes, "at most one -1")
@@ -292,6 +297,14 @@ class PretrainConfig(RunConfig):
         advice = f"a batch is data.crops_per_volume x data.volumes_per_batch = {self.data.batch} crops"
         ok = self.data.batch % self.optim.accumulate == 0
         require(ok, "optim.accumulate", self.optim.accumulate, "a divisor of the batch", advice)
+        check_space(self.mesh, self.data.crop)
+
+
+def check_space(mesh: MeshConfig, crop: Size3) -> None:
+    """Refuses a mesh that cannot divide the crops."""
+    require(
+        crop[0] % mesh.space == 0, "mesh.space", mesh.space, f"a divisor of {crop[0]}, data.crop's first side"
+    )
 
 
 def flat(config: RunConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from mambamim_jax.checks import one_of, require
 from mambamim_jax.data.augment import Augmentation
-from mambamim_jax.settings import OptimConfig, RunConfig, VolumeConfig, check_flip
+from mambamim_jax.settings import OptimConfig, RunConfig, VolumeConfig, check_flip, check_space
 from mambamim_jax.settings_model import EncoderConfig
 
 
@@ -179,3 +179,4 @@ class FinetuneConfig(RunConfig):
         advice = f"a batch is data.crops_per_volume x data.volumes_per_batch = {self.data.batch} crops"
         ok = self.data.batch % self.optim.accumulate == 0
         require(ok, "optim.accumulate", self.optim.accumulate, "a divisor of the batch", advice)
+        check_space(self.mesh, self.data.crop)

@@ -84,6 +84,9 @@ WRONG = {
     "--config.model.hymamba.channels=(8,8,8,8,50)": "channels: .* divisible by 6 .* try 48",
     "--config.model.vision_mamba.feature_depths=(1,2,3,9)": "feature_depths: .* last of them mamba_depth, 4",
     "--config.optim.accumulate=3": "accumulate: found 3; expected a divisor of the batch",
+    "--config.mesh.space=5": "mesh.space: found 5; expected a divisor of",
+    "--config.mesh.space=0": "mesh.space: found 0; expected at least 1",
+    "--config.mesh.space=2 --config.mesh.model=2": "mesh.space: found 2; expected 1 where config.mesh.model is 2",
     "--confg.steps=1": "--confg.steps=1: not understood",
     "--config.steps": "--config.steps: no value",
     "stray": "stray: not understood",
@@ -96,7 +99,7 @@ WRONG = {
 @pytest.mark.parametrize("argument", WRONG)
 def test_what_is_wrong_is_one_line(argument):
     with pytest.raises(ConfigError, match=WRONG[argument]) as caught:
-        parse(argument)
+        parse(*argument.split())
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
 

@@ -56,7 +56,8 @@ def _parts(config: PretrainConfig, mesh: Sequence[int], devices: int, batch: int
 
 def shape_of(placement: Any) -> str:
     """The mesh as the tables show it."""
-    return " × ".join(str(size) for size in placement.mesh.shape.values())
+    sizes = placement.mesh.shape
+    return " × ".join(str(size) for axis, size in sizes.items() if axis != "space" or size > 1)
 
 
 class Run:
@@ -189,7 +190,7 @@ def plan(config: PretrainConfig, mesh: Sequence[int], devices: int, batch: int) 
     task, optimiser, placement, step = _parts(config, mesh, devices, batch)
     state = placement.like(abstract_state(task, optimiser))
     shape = (batch * devices, *config.data.crop, 1)
-    crops = {"image": jax.ShapeDtypeStruct(shape, jnp.int16, sharding=placement.by_rows)}
+    crops = {"image": jax.ShapeDtypeStruct(shape, jnp.int16, sharding=placement.of_batch(len(shape)))}
     traced = jax.jit(step, donate_argnums=0).trace(state, crops)
     compiled = traced.lower().compile(compiler_options=RUN_SELDOM)
     memory: Any = compiled.memory_analysis()
@@ -257,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--devices", type=_numbers, help="how many in turn; powers of two up to all if not given"
     )
-    parser.add_argument("--mesh", type=_mesh, action="append", help="data,fsdp,model; one of them may be -1")
+    parser.add_argument("--mesh", type=_mesh, action="append", help="data,fsdp,model[,space]; one may be -1")
     parser.add_argument("--batch", type=int, default=4, help="crops a device")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each number of devices")
     parser.add_argument("--steps", type=int, default=1, help="steps of one measurement")
@@ -273,6 +274,6 @@ def _numbers(text: str) -> list[int]:
     return [int(item) for item in text.split(",")]
 
 
-def _mesh(text: str) -> tuple[int, int, int]:
-    data, fsdp, model = _numbers(text)
-    return data, fsdp, model
+def _mesh(text: str) -> tuple[int, int, int, int]:
+    data, fsdp, model, space = (*_numbers(text), 1)[:4]
+    return data, fsdp, model, space

@@ -3,8 +3,8 @@
 python launch/bench.py space [--crop=192] [--devices=2,4] [--config=…] [--config.a.b=value …]
 
 Compiles forward and backward of the segmentation network for one crop on described devices (of a CPU), widths divided
-by the rules of ``train/sharding.py`` or the first axis of the crop over ``mesh.model``, the borders between neighbours
-left to XLA; beside it a crop on every device. Reads memory and collectives from the compiled programs.
+by ``mesh.model`` or the first axis of the crop by ``mesh.space``, the borders between neighbours left to XLA; beside it
+a crop on every device. Reads memory and collectives from the compiled programs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mambamim_jax.settings_finetune import FinetuneConfig
 
 PRESET = f"{Path(__file__).parents[2] / 'configs' / 'finetune.py'}:recipe"
 CLASSES = 14
-SPLITS = ("rows", "widths", "space")
+AXIS = {"rows": "data", "widths": "model", "space": "space"}
 
 
 def compiled(config: FinetuneConfig, crop: int, devices: int, split: str) -> Any:
@@ -33,7 +33,6 @@ def compiled(config: FinetuneConfig, crop: int, devices: int, split: str) -> Any
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from jax.sharding import NamedSharding, PartitionSpec
 
     from mambamim_jax.train.build import build_segmenter, to_dicts
     from mambamim_jax.train.finetune import graph_of
@@ -42,15 +41,12 @@ def compiled(config: FinetuneConfig, crop: int, devices: int, split: str) -> Any
     from mambamim_jax.train.step import RUN_SELDOM
 
     build = lambda rngs: build_segmenter(config.model, CLASSES, rngs)  # noqa: E731
-    graph, mesh = graph_of(build), MeshConfig(devices) if split == "rows" else MeshConfig(1, 1, devices)
-    batch = devices if split == "rows" else 1
+    graph, batch = graph_of(build), devices if split == "rows" else 1
+    mesh = MeshConfig(**{"data": 1, AXIS[split]: devices})
     placement = make_placement(mesh, batch, jax.devices()[:devices])
     params, _ = jax.eval_shape(lambda: to_dicts(build(nnx.Rngs(0))))
     divided = placement.shardings(params)
-    if split == "space":
-        divided = jax.tree.map(lambda _: placement.everywhere, divided)
-    spec = PartitionSpec(None, "model") if split == "space" else PartitionSpec(("data", "fsdp"))
-    place = NamedSharding(placement.mesh, spec)
+    place = placement.of_batch(5)
 
     def loss(params: Any, image: Any, label: Any) -> Any:
         logits = nnx.merge(graph, params)(image)
@@ -60,7 +56,7 @@ def compiled(config: FinetuneConfig, crop: int, devices: int, split: str) -> Any
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), params, divided
     )
     image = jax.ShapeDtypeStruct((batch, *[crop] * 3, 1), jnp.float32, sharding=place)
-    label = jax.ShapeDtypeStruct((batch, *[crop] * 3), jnp.uint8, sharding=place)
+    label = jax.ShapeDtypeStruct((batch, *[crop] * 3), jnp.uint8, sharding=placement.of_batch(4))
     gradient: Any = jax.jit(
         placement.traced(jax.value_and_grad(loss)), out_shardings=(placement.everywhere, divided)
     )
@@ -86,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     rows, mebi, links = [], 2.0**20, Links()
     for count in options.devices:
-        for split in SPLITS:
+        for split in AXIS:
             started = time.perf_counter()
             found = compiled(config, options.crop, count, split)
             memory, program = found.memory_analysis(), Program(found.as_text())

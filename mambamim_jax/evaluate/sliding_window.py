@@ -13,7 +13,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import jax
@@ -25,6 +27,8 @@ from mambamim_jax.types import Array, NumpyArray, Size3, Tree
 Network: TypeAlias = Callable[[Tree, Array], Array]
 """(params, x (b, h, w, d, c)) → (b, h, w, d, classes)."""
 SIGMA, FLOOR = 0.125, 1e-3
+UNDER_WAY = 2
+"""Batches of windows computed at once."""
 
 
 class SlidingWindow:
@@ -60,7 +64,7 @@ class SlidingWindow:
         choices = [(False, True) if axis in flips else (False,) for axis in range(3)]
         self.turns = [np.array(turn) for turn in itertools.product(*choices)]
 
-        self._run = _compiled(network, len(self.turns) > 1)
+        self._run, self._warm = _compiled(network, len(self.turns) > 1), False
 
     def __call__(self, image: NumpyArray, members: Sequence[Tree]) -> NumpyArray:
         """The averaged output on the whole volume, (h, w, d, classes) float32; see ``stream`` to hold less."""
@@ -113,20 +117,33 @@ class SlidingWindow:
     def _outputs(
         self, volume: NumpyArray, places: Sequence[Size3], members: Sequence[Tree]
     ) -> Iterator[tuple[Size3, NumpyArray]]:
-        """Every window's place and output; a batch is read while the next one is computed."""
+        """Every window's place and output, in order.
+
+        Two batches are under way, each on a thread: on an accelerator one is read while the next is computed, on a
+        CPU the parts of the network that XLA runs on one core overlap. The first is alone, since it also compiles.
+        """
         members = [jax.device_put(params) for params in members]
-        waiting: tuple[Sequence[Size3], Array] | None = None
-        for begin in range(0, len(places), self.batch):
-            some = places[begin : begin + self.batch]
+        batches = [places[begin : begin + self.batch] for begin in range(0, len(places), self.batch)]
+
+        def output(some: Sequence[Size3]) -> NumpyArray:
             x = np.zeros((self.batch, *self.window, volume.shape[-1]), np.float32)
             for n, place in enumerate(some):
                 x[n] = volume[tuple(slice(p, p + w) for p, w in zip(place, self.window))]
-            following = some, self._average(jax.device_put(x), members)
-            if waiting:
-                yield from zip(waiting[0], np.asarray(waiting[1]))
-            waiting = following
-        assert waiting is not None
-        yield from zip(waiting[0], np.asarray(waiting[1]))
+            return np.asarray(self._average(jax.device_put(x), members))
+
+        if not self._warm:
+            first = batches.pop(0)
+            yield from zip(first, output(first))
+            self._warm = True
+        with ThreadPoolExecutor(UNDER_WAY) as threads:
+            waiting: deque[tuple[Sequence[Size3], Future[NumpyArray]]] = deque()
+            for some in batches:
+                waiting.append((some, threads.submit(output, some)))
+                if len(waiting) > UNDER_WAY:
+                    done, found = waiting.popleft()
+                    yield from zip(done, found.result())
+            for done, found in waiting:
+                yield from zip(done, found.result())
 
     def _average(self, x: Array, members: Sequence[Any]) -> Array:
         outputs = [self._run(params, x, turn) for params in members for turn in self.turns]

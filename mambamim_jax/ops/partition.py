@@ -18,6 +18,8 @@ ROWS = ("data", "fsdp")
 """Mesh axes that divide the batch."""
 WIDTH = "model"
 """Mesh axis that divides channels."""
+SPACE = "space"
+"""Mesh axis that divides crops. Nothing here names it: the compiler carries it through."""
 
 
 def ambient() -> Any:

@@ -1,7 +1,8 @@
 """Where a run's arrays live: a mesh of devices, and rules by path that say how each tensor is divided over it.
 
-The mesh has three axes: ``data`` and ``fsdp`` divide the batch; ``fsdp`` also divides the matrices and kernels and
-their moments; ``model`` divides the widths of convolutions and of Mamba. Networks know nothing of it.
+The mesh has four axes: ``data`` and ``fsdp`` divide the batch; ``fsdp`` also divides the matrices and kernels and
+their moments; ``model`` divides the widths of convolutions and of Mamba; ``space`` divides crops along their first
+axis, the exchange of borders left to the compiler. Networks know nothing of it.
 Under `jax.jit` a batch that is divided is one batch still: sums, BatchNorm and the loss are global.
 """
 
@@ -19,12 +20,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mambamim_jax.checks import ConfigError
-from mambamim_jax.ops.partition import ROWS, WIDTH
+from mambamim_jax.ops.partition import ROWS, SPACE, WIDTH
 from mambamim_jax.settings import MeshConfig
 from mambamim_jax.train.optim import map_with_path
 from mambamim_jax.types import NumpyArray
 
-AXES = (*ROWS, WIDTH)
+AXES = (*ROWS, WIDTH, SPACE)
 F = TypeVar("F", bound=Callable[..., Any])
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -85,6 +86,10 @@ class Placement:
         """The first dimension, the batch, divided over ``data`` and ``fsdp``."""
         return NamedSharding(self.mesh, PartitionSpec(ROWS))
 
+    def of_batch(self, dimensions: int) -> NamedSharding:
+        """Of a part of the batch: rows over ``data`` and ``fsdp``, maps (m, h, w, d[, c]) over ``space`` too."""
+        return NamedSharding(self.mesh, PartitionSpec(ROWS, SPACE)) if dimensions > 3 else self.by_rows
+
     def shardings(self, state: Any) -> Any:
         """The tree's sharding, leaf by leaf.
 
@@ -135,15 +140,28 @@ class Placement:
 
     def put(self, batch: dict[str, NumpyArray]) -> dict[str, jax.Array]:
         """This process's rows of each part → arrays over all devices; does not wait for the transfer."""
+        shardings = {name: self.of_batch(part.ndim) for name, part in batch.items()}
         if not self.mesh.is_multi_process:
-            return jax.device_put(batch, self.by_rows)
-        return {name: self._global(self.by_rows, part) for name, part in batch.items()}
+            return jax.device_put(batch, shardings)
+        return {name: self._of_rows(shardings[name], part) for name, part in batch.items()}
 
     def flag(self, value: int) -> jax.Array:
         """int32 (devices,): this process's value on each of its devices."""
         sharding = NamedSharding(self.mesh, PartitionSpec(AXES))
         mine = len(sharding.addressable_devices)
         return self._global(sharding, np.full(mine, value, np.int32))
+
+    def _of_rows(self, sharding: NamedSharding, part: NumpyArray) -> jax.Array:
+        """This process's rows, whole, as its devices' share of the global array."""
+        groups = math.prod(self.mesh.shape[axis] for axis in ROWS)
+        mine = self.rows(groups)
+        each = len(part) // len(mine)
+
+        def piece(index: Any) -> NumpyArray:
+            first, stop, _ = index[0].indices(groups * each)
+            return part[first - mine.start * each : stop - mine.start * each][(slice(None), *index[1:])]
+
+        return jax.make_array_from_callback((groups * each, *part.shape[1:]), sharding, piece)
 
     def _global(self, sharding: NamedSharding, part: NumpyArray) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding, part)
@@ -205,11 +223,11 @@ def make_placement(config: MeshConfig, batch: int, devices: Sequence[jax.Device]
     sizes = {axis: getattr(config, axis) for axis in AXES}
     open_axis = next((axis for axis, size in sizes.items() if size == -1), None)
     given = math.prod(size for size in sizes.values() if size != -1)
-    asked = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+    asked = " × ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != SPACE or size != 1)
     if open_axis and len(devices) % given == 0:
         sizes[open_axis] = len(devices) // given
     elif open_axis or given != len(devices):
-        advice = "set one of config.mesh.{data,fsdp,model} to -1 to take what the others leave"
+        advice = "set one of config.mesh.{data,fsdp,model,space} to -1 to take what the others leave"
         expected = f"sizes whose product is the {len(devices)} devices here"
         raise ConfigError("config.mesh", f"found {asked}", expected, advice)
     parts = math.prod(sizes[axis] for axis in ROWS)
@@ -218,5 +236,5 @@ def make_placement(config: MeshConfig, batch: int, devices: Sequence[jax.Device]
         advice = "change data.volumes_per_batch, optim.accumulate or move devices to mesh.model"
         raise ConfigError("config.mesh", found, "a number that divides them", advice)
     shape = tuple(sizes.values())
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
     return Placement(mesh)

@@ -116,7 +116,7 @@ def gathered(name: str, sizes: tuple[int, ...]) -> list[str]:
     optimiser, schedule = make_optimiser(OPTIM, STEPS, task.unused_parameters)
     state = placement.like(abstract_state(task, optimiser))
     step = make_step(task, optimiser, schedule, seed=0, placement=placement)
-    image = jax.ShapeDtypeStruct((BATCH, *CROPS[name], 1), jnp.float32, sharding=placement.by_rows)
+    image = jax.ShapeDtypeStruct((BATCH, *CROPS[name], 1), jnp.float32, sharding=placement.of_batch(5))
     lowered = jax.jit(step, donate_argnums=0).lower(state, {"image": image})
     text = lowered.compile(compiler_options=RUN_SELDOM).as_text()
     known = {squeezed(leaf.shape) for leaf in jax.tree.leaves(state["params"])}

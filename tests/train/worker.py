@@ -67,7 +67,7 @@ def settings(given: dict[str, str]) -> RunConfig:
         optim=OptimConfig(learning_rate=5e-2, warmup=0.2),
         log=LogConfig(every=10),
         checkpoint=CheckpointConfig(every=int(given.get("every", 5)), keep=2),
-        mesh=MeshConfig(fsdp=int(given.get("mesh.fsdp", 1)), model=int(given.get("mesh.model", 1))),
+        mesh=MeshConfig(**{axis: int(given.get(f"mesh.{axis}", 1)) for axis in ("fsdp", "model", "space")}),
         distributed=DistributedConfig(
             join=60, heartbeat=int(given.get("heartbeat", 10)), patience=float(given.get("patience", 120))
         ),
