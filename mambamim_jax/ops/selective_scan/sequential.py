@@ -26,8 +26,10 @@ from mambamim_jax.types import Array
 CHUNK = 16
 """Most tokens in a chunk: one state is kept a chunk, and the others are recomputed inside it."""
 PARTS = 1
-"""Loops that a scan of at least ``WIDE`` channels is split into. Two took 1.1 to 1.2 times as long: XLA plans memory for
-one order, so that loops share their scratch buffers and wait for each other."""
+"""Loops that a scan of at least ``WIDE`` channels is split into.
+
+Two took 1.1 to 1.2 times as long: XLA plans memory for one order, so that loops share their scratch buffers and wait
+for each other."""
 WIDE = 512
 
 
