@@ -302,9 +302,8 @@ class PretrainConfig(RunConfig):
 
 def check_space(mesh: MeshConfig, crop: Size3) -> None:
     """Refuses a mesh that cannot divide the crops."""
-    require(
-        crop[0] % mesh.space == 0, "mesh.space", mesh.space, f"a divisor of {crop[0]}, data.crop's first side"
-    )
+    ok = crop[0] % mesh.space == 0
+    require(ok, "mesh.space", mesh.space, f"a divisor of {crop[0]}, data.crop's first side")
 
 
 def flat(config: RunConfig) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def test_other_numbers_of_processes_and_devices_go_on_with_the_same_losses(tmp_p
     assert stopped_at(workdir, slow, 1, 1, 20, signal.SIGTERM) == [75], cluster.printed(workdir)[-3000:]
     assert stopped_at(workdir, fsdp, 1, 8, 28, signal.SIGTERM) == [75], cluster.printed(workdir)[-3000:]
     halves = {**slow, "mesh.space": 2}  # each process has one half of every crop
-    assert cluster.end(cluster.start(workdir, halves, 2)) == [0, 0], cluster.printed(workdir)[-3000:]
+    assert stopped_at(workdir, halves, 2, 1, 34, signal.SIGTERM) == [75] * 2, cluster.printed(workdir)[-3000:]
+    assert cluster.end(cluster.start(workdir, fsdp, 2)) == [0, 0], cluster.printed(workdir)[-3000:]
     np.testing.assert_allclose(cluster.losses(workdir, 40), expected, rtol=1e-5)
 
 

@@ -275,5 +275,6 @@ def _numbers(text: str) -> list[int]:
 
 
 def _mesh(text: str) -> tuple[int, int, int, int]:
-    data, fsdp, model, space = (*_numbers(text), 1)[:4]
+    sizes = _numbers(text)
+    data, fsdp, model, space = sizes if len(sizes) == 4 else (*sizes, 1)
     return data, fsdp, model, space

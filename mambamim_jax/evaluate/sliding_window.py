@@ -133,8 +133,8 @@ class SlidingWindow:
 
         if not self._warm:
             first = batches.pop(0)
-            yield from zip(first, output(first))
-            self._warm = True
+            values, self._warm = output(first), True
+            yield from zip(first, values)
         with ThreadPoolExecutor(UNDER_WAY) as threads:
             waiting: deque[tuple[Sequence[Size3], Future[NumpyArray]]] = deque()
             for some in batches:

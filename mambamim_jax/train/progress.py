@@ -53,15 +53,15 @@ class Terminal:
         """A bar with time left, or a line every ``every`` steps, for training: (step, note) → None."""
         with self._bar("{task.fields[note]}") as bar:
             line = bar.add_task(title, total=steps, completed=start, note="compiling")
-            first: list[tuple[float, int]] = []  # time and number of the first step, which also compiles
+            began, done = time.monotonic(), start
 
             def update(step: int, note: str) -> None:
+                nonlocal began, done
                 bar.update(line, completed=step, note=note)
-                if not first:
-                    first.append((time.monotonic(), step))
+                left = (time.monotonic() - began) / max(step - done, 1) * (steps - step)
+                if done == start:  # the first step also compiled: counted from here
+                    began, done = time.monotonic(), step
                 if not self.console.is_terminal and (step % every == 0 or step == steps):
-                    began, done = first[0]
-                    left = (time.monotonic() - began) / max(step - done, 1) * (steps - step)
                     self.say(f"step {step}/{steps}  {note}  {duration(left)} left")
 
             yield update
