@@ -93,7 +93,7 @@ class AdamW:
           clipping, in the order of ``trained``: the non-finite ones tell where a run broke.
         """
         trained, gradients = self.trained(params), self.trained(grads)
-        squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in gradients.values()])
+        squares = jnp.stack([jnp.sum(jnp.square(_wide(g))) for g in gradients.values()])
         norm = jnp.sqrt(jnp.sum(squares))
         scale = jnp.minimum(1.0, self.clip_norm / (norm + CLIP_EPSILON))
         clipped = {path: g * scale for path, g in gradients.items()}
@@ -112,6 +112,11 @@ class AdamW:
     @property
     def _adam(self) -> optax.GradientTransformation:
         return optax.scale_by_adam(b1=self.betas[0], b2=self.betas[1], eps=self.eps)
+
+
+def _wide(gradient: Array) -> Array:
+    """In float32, or float64 if it is."""
+    return gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
 
 
 def paths(tree: Tree) -> dict[str, Any]:

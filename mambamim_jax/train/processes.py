@@ -12,13 +12,14 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
 
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.settings import DistributedConfig
-from mambamim_jax.train.signals import TRY_AGAIN
+from mambamim_jax.train.signals import TRY_AGAIN, interruptible
 
 T = TypeVar("T")
 FIRST_PORT, PORTS = 61440, 4096
@@ -128,20 +129,24 @@ def start(config: DistributedConfig) -> None:
         "jax_enable_preemption_service", False
     )  # its signal handler would take the place of ours
     try:
-        jax.distributed.initialize(
-            found.coordinator,
-            found.count,
-            found.index,
-            found.local,
-            cluster_detection_method="deactivate",
-            initialization_timeout=config.join,
-            heartbeat_timeout_seconds=config.heartbeat,
-        )
+        interruptible(partial(_join, found, config))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise PeerError(
             f"process {found.index} of {found.count} did not reach {found.coordinator}: {reason}"
         ) from error
+
+
+def _join(found: Processes, config: DistributedConfig) -> None:
+    jax.distributed.initialize(
+        found.coordinator,
+        found.count,
+        found.index,
+        found.local,
+        cluster_detection_method="deactivate",
+        initialization_timeout=config.join,
+        heartbeat_timeout_seconds=config.heartbeat,
+    )
 
 
 def several() -> bool:
@@ -163,7 +168,7 @@ def first_alone(name: str, work: Callable[[], T]) -> T:
 
     client: Any = distributed.global_state.client
     if jax.process_index():
-        outcome = json.loads(client.blocking_key_value_get(name, DAYS))
+        outcome = json.loads(interruptible(lambda: client.blocking_key_value_get(name, DAYS)))
         if outcome["error"]:
             error = PeerError(f"process 0: {outcome['error']}")
             error.exit_code = outcome["exit_code"]  # type: ignore[misc]

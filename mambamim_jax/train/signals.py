@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 TRY_AGAIN = 75
 """Exit code of a run that has saved and wants to be continued (EX_TEMPFAIL); the batch files requeue on it."""
 PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
@@ -24,6 +26,24 @@ def end_at_once() -> None:
     """A scheduler's signal ends the process with ``TRY_AGAIN``, as long as nothing is there to be saved."""
     for number in PREEMPTIONS:
         signal.signal(number, lambda *_: os._exit(TRY_AGAIN))
+
+
+def interruptible(wait: Callable[[], T]) -> T:
+    """wait(), in a thread of its own.
+
+    Python acts on a signal in the main thread alone, and there not before a call into a library has returned: one that
+    waits for other processes would leave a scheduler's signal lying for minutes.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(wait())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result()
 
 
 @contextmanager

@@ -4,6 +4,9 @@
 #   tests/slurm/setup.sh FOLDER start|stop
 #
 # Afterwards: export SLURM_CONF=FOLDER/slurm.conf
+# A requeued job waits for cred_expire seconds (SLURM's default: 120) before it starts again. Letting it go at once by
+# scontrol update StartTime=now must not be done: where it starts in the second in which it was requeued, slurmd takes its
+# credential for the old, revoked one, and the job ends as FAILED. Jobs of "urgent" preempt those of "main".
 set -eu
 folder=$1
 conf=$folder/slurm.conf
@@ -21,7 +24,7 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge/socket
+AuthInfo=socket=$folder/munge/socket,cred_expire=5
 CryptoType=crypto/munge
 SlurmctldPort=16817
 SlurmdPort=16818
@@ -40,7 +43,10 @@ ReturnToService=2
 KillWait=60
 MinJobAge=600
 NodeName=$host NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
-PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP GraceTime=60
+PartitionName=urgent Nodes=$host MaxTime=INFINITE State=UP PriorityTier=10
 CONF
 dd if=/dev/urandom of="$folder/munge/key" bs=1 count=1024 2> /dev/null
 chmod 400 "$folder/munge/key"

@@ -67,37 +67,60 @@ def state(slurm, job):
 
 
 def wait(slurm, workdir, job, reached, seconds=240):
-    """Until reached(); a requeued job, which SLURM holds back for two minutes, is let go at once."""
+    """Until reached()."""
     until = time.monotonic() + seconds
     while not reached():
         out = (workdir / "out.txt").read_text() if (workdir / "out.txt").exists() else ""
         assert time.monotonic() < until, f"{state(slurm, job)}\n{out[-2000:]}"
-        if state(slurm, job)["JobState"] == "PENDING":
-            subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], env=slurm, check=False)
-        time.sleep(0.5)
+        time.sleep(0.2)
+
+
+def started(slurm, job):
+    """Whether its tasks have been started, if only just."""
+    return f"{job}.0" in call(slurm, "squeue", "--noheader", "--steps", f"--jobs={job}")
+
+
+def steps(workdir):
+    return len(cluster.read_rows(workdir / "metrics.jsonl"))
 
 
 @pytest.mark.slow
 def test_preempted_jobs_end_with_the_losses_of_an_undisturbed_one(slurm, tmp_path):
-    ended = lambda job: state(slurm, job)["JobState"] == "COMPLETED"  # noqa: E731
+    """By a signal, by one as the tasks start, by a job of a partition that goes first, and by an administrator."""
     undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "preempted"
     job = submit(slurm, undisturbed, 0)
-    wait(slurm, undisturbed, job, lambda: ended(job))
+    wait(slurm, undisturbed, job, lambda: state(slurm, job)["JobState"] == "COMPLETED")
     expected = cluster.losses(undisturbed, STEPS)
     job = submit(slurm, workdir, 0.5)
-    steps = lambda: len(cluster.read_rows(workdir / "metrics.jsonl"))  # noqa: E731
-    running = lambda: state(slurm, job)["JobState"] == "RUNNING"  # noqa: E731
-    preemptions = (("scancel", "--signal=USR1"), ("scontrol", "requeue"))
-    for number, preempt in enumerate(preemptions):
-        wait(slurm, workdir, job, lambda n=number: steps() >= 5 + 10 * n and running())
+    urgent = ("sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true", "--comment")
+    preemptions = (
+        (5, "scancel", "--signal=USR1"),
+        (0, "scancel", "--signal=TERM"),
+        (15, *urgent),
+        (25, "scontrol", "requeue"),
+    )
+    for number, (at, *preempt) in enumerate(preemptions):
+        wait(slurm, workdir, job, lambda at=at: steps(workdir) >= at and started(slurm, job))
         call(slurm, *preempt, job)
         wait(slurm, workdir, job, lambda n=number: int(state(slurm, job)["Restarts"]) > n)
-    wait(slurm, workdir, job, lambda: ended(job))
+    wait(slurm, workdir, job, lambda: state(slurm, job)["JobState"] == "COMPLETED")
     out = (workdir / "out.txt").read_text()
     assert cluster.losses(workdir, STEPS) == expected
-    assert out.count("srun: exit code 75") == 2
-    assert out.count("continuing at step") == 2
-    # the signal, not the interval, decided where it went on
-    assert any(
-        line.split()[3] not in ("10", "20", "30") for line in out.splitlines() if "continuing at step" in line
-    )
+    assert out.count("srun: exit code") == len(preemptions) + 1
+    # the signals, not the interval, decided where it went on
+    continued = [int(line.split()[3]) for line in out.splitlines() if "continuing at step" in line]
+    assert len(continued) == 3, out
+    assert not {10, 20, 30} >= set(continued), out
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_saves_and_does_not_come_back(slurm, tmp_path):
+    workdir = tmp_path / "cancelled"
+    job = submit(slurm, workdir, 0.5)
+    wait(slurm, workdir, job, lambda: steps(workdir) >= 5)
+    call(slurm, "scancel", job)
+    wait(slurm, workdir, job, lambda: state(slurm, job)["JobState"] == "CANCELLED")
+    assert state(slurm, job)["Restarts"] == "0"
+    out = (workdir / "out.txt").read_text()
+    assert "srun: exit code 75" in out
+    assert "stopped by signal 15" in out

@@ -7,13 +7,15 @@ demo: the network of the preset demo, its decoder twice as wide so that eight de
 0 to only compile and look at what is gathered; then meshes (data, fsdp, model), or ``nudged`` for one device and first
 parameters changed in the seventh digit: how far rounding alone carries. Prints one line of JSON a mesh. Adam's
 epsilon is large, as with the usual one it makes full-sized steps of gradients that are zero but for rounding, such as
-those of a bias before BatchNorm.
+those of a bias before BatchNorm. With JAX_ENABLE_X64=1 all of it is in float64, where rounding can't be mistaken for
+a mesh that computes something else.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -41,6 +43,7 @@ from mambamim_jax.train.step import RUN_SELDOM, STOP, Task, abstract_state, init
 
 PRESET = f"{Path(__file__).parents[2] / 'configs' / 'pretrain.py'}:demo"
 STEPS, BATCH = 20, 8
+DTYPE = jnp.dtype(jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)
 FEW = 64
 SIZES = HyMambaConfig((8, 8, 16, 16, 48), depths=(1, 1, 1, 1), expansion=(2, 2, 2, 2), mamba_depth=1, state=4)
 OPTIM = OptimConfig(learning_rate=1e-2, warmup=0.2, eps=1e-4)
@@ -50,9 +53,9 @@ class Mini(nnx.Module):
     """Convolution and BatchNorm, a MedNeXt block, a Mamba layer over the patches, upsampling, one output channel."""
 
     def __init__(self, rngs: nnx.Rngs):
-        dtype = jnp.float32
+        dtype = DTYPE
         self.conv = DecoderConv3(1, 8, dtype=dtype, rngs=rngs)
-        self.norm = BatchNorm(8)
+        self.norm = BatchNorm(8, dtype=dtype)
         self.block = MedNeXtBlock(8, 2, dtype=dtype, rngs=rngs)
         self.layer = MambaLayer(64, state=4, dtype=dtype, rngs=rngs)
         self.upsample = Upsample2(8, 8, dtype=dtype, rngs=rngs)
@@ -85,7 +88,7 @@ def mini_task() -> Task:
 def small_task() -> Task:
     """Pre-training of a HyMamba whose widths eight devices divide."""
     data = DataConfig(source="phantoms", crop=(32, 32, 16), crops_per_volume=1, volumes_per_batch=BATCH)
-    model = ModelConfig(hymamba=SIZES, decoder_width=128, mask_ratio=0.5)
+    model = ModelConfig(hymamba=SIZES, decoder_width=128, mask_ratio=0.5, dtype=DTYPE.name)
     return mim_task(PretrainConfig(data=data, model=model))
 
 
@@ -94,16 +97,22 @@ def demo_task() -> Task:
     config = settings(
         [f"--config={PRESET}", "--config.data.crop=(32,32,32)", "--config.model.decoder_width=128"]
     )
-    return mim_task(config)
+    return mim_task(replace(config, model=replace(config.model, dtype=DTYPE.name)))
 
 
 CROPS = {"mini": (4, 4, 4), "hymamba": (32, 32, 16), "demo": (32, 32, 32)}
 TASKS = {"mini": mini_task, "hymamba": small_task, "demo": demo_task}
 
 
+def make_task(name: str) -> Task:
+    """The task, its parameters and statistics drawn in float32 and kept in ``DTYPE``."""
+    task = TASKS[name]()
+    return replace(task, init=lambda key: jax.tree.map(lambda leaf: leaf.astype(DTYPE), task.init(key)))
+
+
 def batch(step: int, crop: tuple[int, ...]) -> dict[str, np.ndarray]:
     """A global batch that is a function of the step."""
-    return {"image": np.random.default_rng(step).uniform(size=(BATCH, *crop, 1)).astype(np.float32)}
+    return {"image": np.random.default_rng(step).uniform(size=(BATCH, *crop, 1)).astype(DTYPE)}
 
 
 def devices(sizes: tuple[int, ...]) -> list[jax.Device]:
@@ -112,11 +121,11 @@ def devices(sizes: tuple[int, ...]) -> list[jax.Device]:
 
 def gathered(name: str, sizes: tuple[int, ...]) -> list[str]:
     """Shapes that the compiled step gathers from other devices and that are no parameter's, but for a few numbers."""
-    placement, task = make_placement(MeshConfig(*sizes), BATCH, devices(sizes)), TASKS[name]()
+    placement, task = make_placement(MeshConfig(*sizes), BATCH, devices(sizes)), make_task(name)
     optimiser, schedule = make_optimiser(OPTIM, STEPS, task.unused_parameters)
     state = placement.like(abstract_state(task, optimiser))
     step = make_step(task, optimiser, schedule, seed=0, placement=placement)
-    image = jax.ShapeDtypeStruct((BATCH, *CROPS[name], 1), jnp.float32, sharding=placement.of_batch(5))
+    image = jax.ShapeDtypeStruct((BATCH, *CROPS[name], 1), DTYPE, sharding=placement.of_batch(5))
     lowered = jax.jit(step, donate_argnums=0).lower(state, {"image": image})
     text = lowered.compile(compiler_options=RUN_SELDOM).as_text()
     known = {squeezed(leaf.shape) for leaf in jax.tree.leaves(state["params"])}
@@ -136,13 +145,13 @@ def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def nudge(leaf: jax.Array) -> jax.Array:
     """Changed in the seventh digit."""
-    noise = np.random.default_rng(1).standard_normal(leaf.shape).astype(np.float32)
-    return jax.device_put(np.asarray(leaf) * (1 + np.float32(1e-7) * noise), leaf.sharding)
+    noise = np.random.default_rng(1).standard_normal(leaf.shape).astype(leaf.dtype)
+    return jax.device_put(np.asarray(leaf) * (1 + leaf.dtype.type(1e-7) * noise), leaf.sharding)
 
 
 def train(name: str, accumulate: int, sizes: tuple[int, ...], nudged: bool = False) -> dict:
     """The state and the losses after ``STEPS`` steps, the placement, and what was compiled after the first step."""
-    placement, task = make_placement(MeshConfig(*sizes), BATCH // accumulate, devices(sizes)), TASKS[name]()
+    placement, task = make_placement(MeshConfig(*sizes), BATCH // accumulate, devices(sizes)), make_task(name)
     optimiser, schedule = make_optimiser(OPTIM, STEPS, task.unused_parameters)
     state = initial_state(task, optimiser, 0, placement)
     if nudged:
