@@ -16,7 +16,7 @@ from mambamim_jax.model_files import load_model
 from mambamim_jax.settings import DistributedConfig
 from mambamim_jax.train.optim import paths
 from mambamim_jax.train.processes import Processes, find, first_host
-from mambamim_jax.train.signals import TRY_AGAIN
+from mambamim_jax.train.signals import PREEMPTIONS, TRY_AGAIN, interruptible
 from tests import cluster
 from tests.kill_cluster import campaign
 from tests.train import test_finetune
@@ -103,6 +103,29 @@ def test_two_processes_leave_a_damaged_newest_checkpoint_aside(tmp_path, how):
     assert "checkpoints/12 is damaged and not used" in printed
     assert "continuing at step 8 of 12" in printed
     assert cluster.losses(tmp_path, 12) == expected
+
+
+@pytest.mark.parametrize("number", PREEMPTIONS)
+def test_a_signal_ends_a_process_that_waits_for_another_at_once(number):
+    """The wait is in a library, which does not return for a signal."""
+    script = """
+import ctypes
+from mambamim_jax.train.signals import end_at_once, interruptible
+end_at_once()
+print("waiting", flush=True)
+interruptible(lambda: ctypes.CDLL(None).sleep(60) and ctypes.CDLL(None).sleep(60))
+"""
+    waits = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=cluster.ROOT)
+    with waits:
+        assert waits.stdout.readline() == b"waiting\n"
+        waits.send_signal(number)
+        assert cluster.end([waits], 30) == [TRY_AGAIN]
+
+
+def test_interruptible_returns_and_raises():
+    assert interruptible(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 / 0)
 
 
 def test_the_watchdog_ends_a_process_that_hangs_and_lets_one_rest():

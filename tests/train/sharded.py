@@ -2,13 +2,14 @@
 
     python -m tests.train.sharded mini 1 2,1,1 1,2,1 nudged …
 
-mini: one layer of every kind that the rules know, quick to compile; hymamba: the pre-training network, made small;
-demo: the network of the preset demo, its decoder twice as wide so that eight devices divide it. Then micro-batches, or
-0 to only compile and look at what is gathered; then meshes (data, fsdp, model), or ``nudged`` for one device and first
-parameters changed in the seventh digit: how far rounding alone carries. Prints one line of JSON a mesh. Adam's
-epsilon is large, as with the usual one it makes full-sized steps of gradients that are zero but for rounding, such as
-those of a bias before BatchNorm. With JAX_ENABLE_X64=1 all of it is in float64, where rounding can't be mistaken for
-a mesh that computes something else.
+mini: one layer of every kind that the rules know, quick to compile; hymamba: the pre-training network, made small, its
+widths still divided by eight; narrow: the same with a decoder that two divide, for float64, in which XLA's convolutions
+are plain loops; demo: the network of the preset demo, its decoder twice as wide so that eight devices divide it.
+Then micro-batches, or 0 to only compile and look at what is gathered; then meshes (data, fsdp, model), or ``nudged``
+for one device and first parameters changed in the seventh digit: how far rounding alone carries. Prints one line of
+JSON a mesh. Adam's epsilon is large, as with the usual one it makes full-sized steps of gradients that are zero but for
+rounding, such as those of a bias before BatchNorm. With JAX_ENABLE_X64=1 all of it is in float64, where rounding can't
+be mistaken for a mesh that computes something else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -85,10 +87,10 @@ def mini_task() -> Task:
     return Task("mini", lambda key: to_dicts(Mini(nnx.Rngs(key))), loss, prepare)
 
 
-def small_task() -> Task:
-    """Pre-training of a HyMamba whose widths eight devices divide."""
-    data = DataConfig(source="phantoms", crop=(32, 32, 16), crops_per_volume=1, volumes_per_batch=BATCH)
-    model = ModelConfig(hymamba=SIZES, decoder_width=128, mask_ratio=0.5, dtype=DTYPE.name)
+def hymamba_task(name: str, decoder_width: int) -> Task:
+    """Pre-training of a HyMamba."""
+    data = DataConfig(source="phantoms", crop=CROPS[name], crops_per_volume=1, volumes_per_batch=BATCH)
+    model = ModelConfig(hymamba=SIZES, decoder_width=decoder_width, mask_ratio=0.5, dtype=DTYPE.name)
     return mim_task(PretrainConfig(data=data, model=model))
 
 
@@ -100,8 +102,13 @@ def demo_task() -> Task:
     return mim_task(replace(config, model=replace(config.model, dtype=DTYPE.name)))
 
 
-CROPS = {"mini": (4, 4, 4), "hymamba": (32, 32, 16), "demo": (32, 32, 32)}
-TASKS = {"mini": mini_task, "hymamba": small_task, "demo": demo_task}
+CROPS = {"mini": (4, 4, 4), "hymamba": (32, 32, 16), "narrow": (32, 16, 16), "demo": (32, 32, 32)}
+TASKS = {
+    "mini": mini_task,
+    "hymamba": partial(hymamba_task, "hymamba", 128),
+    "narrow": partial(hymamba_task, "narrow", 32),
+    "demo": demo_task,
+}
 
 
 def make_task(name: str) -> Task:
