@@ -40,6 +40,7 @@ class OurStep:
     def __init__(self, arguments: Sequence[str], batch: int, dtype: str, costs: int = 0):
         import jax
 
+        from mambamim_jax.lean import compile_lean
         from mambamim_jax.train.optim import make_optimiser
         from mambamim_jax.train.pretrain import mim_task
         from mambamim_jax.train.step import initial_state, make_step
@@ -53,7 +54,7 @@ class OurStep:
         step = make_step(task, optimiser, schedule, seed=config.seed)
         traced = jax.jit(step, donate_argnums=0).trace(self.state, self.batch)
         self.flops = matrix_flops(traced.jaxpr)
-        self.compiled = traced.lower().compile()
+        self.compiled = compile_lean(traced.lower())
 
     def __call__(self) -> float:
         """Does one step and returns its loss."""

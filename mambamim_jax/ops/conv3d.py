@@ -107,18 +107,13 @@ def _shifted_products(x: Array, g: Array) -> Array:
     return jnp.stack(products).reshape(r, r, c, r, o)
 
 
-def _largest_divisor(total: int, limit: float) -> int:
-    """The largest divisor of total that is at most limit, at least 1."""
-    return next(n for n in range(total, 0, -1) if total % n == 0 and (n <= limit or n == 1))
-
-
 def _kernel_gradient_on_cpu(x: Array, g: Array) -> Array:
     m, h, w, d, o = g.shape
     r, c = x.shape[1] - h + 1, x.shape[-1]
     if r == 3 and winograd.pays(g.shape[:4], c, o):
         return winograd.kernel_gradient(x, g)
     fitting = _SHIFTED_BYTES / (w * (d + r - 1) * r * (c + o) * x.dtype.itemsize)
-    rows, samples = _largest_divisor(h, fitting), _largest_divisor(m, fitting / h)
+    rows, samples = winograd.largest_divisor(h, fitting), winograd.largest_divisor(m, fitting / h)
     bands = h // rows
 
     def add(total: Array, step: Array) -> tuple[Array, None]:

@@ -14,12 +14,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mambamim_jax.ops.conv3d import conv3d
+from mambamim_jax.ops import partition
+from mambamim_jax.ops.conv3d import (
+    DIMENSIONS_2D,
+    DIMENSIONS_3D,
+    conv3d,
+    convolve,
+    kernel_gradient,
+)
+from mambamim_jax.ops.winograd import largest_divisor
 from mambamim_jax.types import Array
 
 # (parity, window, child, tap) along one axis; window 0 is a-1 for parity 0 and a for parity 1.
@@ -27,6 +37,10 @@ _JOINT = np.zeros((2, 2, 2, 3), np.float32)
 for _parity, _tap in itertools.product(range(2), range(3)):
     _fine = _parity + _tap - 1
     _JOINT[_parity, _fine // 2 + 1 - _parity, _fine % 2, _tap] = 1.0
+
+_PARITIES = tuple(itertools.product(range(2), repeat=3))
+_SLAB_BYTES = 8 * 2**20
+"""Copies of one step of `_kernel_gradients_on_cpu`: a share of a last-level cache."""
 
 # Taps that fall inside the map: at its first voxel, in between, at its last.
 _INSIDE = np.array([[0, 1, 1], [1, 1, 1], [1, 1, 0]], np.float32)
@@ -58,7 +72,8 @@ def upsample_conv3(x: Array, up_kernel: Array, up_bias: Array, kernel: Array) ->
     if apart <= joint:
         fine = upsample2(x, up_kernel.astype(x.dtype)) + up_bias.astype(x.dtype)
         return conv3d(_bordered(fine), kernel.astype(x.dtype))
-    return _joined(x, up_kernel, kernel) + _bias_map(x, up_bias, kernel).astype(x.dtype)
+    y = _joined(x, up_kernel, kernel) + _bias_map(x, up_bias, kernel).astype(x.dtype)
+    return lax.optimization_barrier(y)  # kept once, not as what it is the sum of
 
 
 def _bordered(x: Array) -> Array:
@@ -69,24 +84,135 @@ def _joined(x: Array, up_kernel: Array, kernel: Array) -> Array:
     products = jnp.einsum("abcie,xyzeo->axbyczio", up_kernel, kernel, precision=lax.Precision.HIGHEST)
     for _ in range(3):  # one axis at a time: (child, tap, rest..) to (rest.., parity, window)
         products = jnp.einsum("pqax,ax...->...pq", _JOINT.astype(products.dtype), products)
-    kernels = jnp.einsum("ioPQRSTU->PRTQSUio", products).astype(x.dtype)
-    m, h, w, d, _ = x.shape
+    return _children(x, jnp.einsum("ioPQRSTU->PRTQSUio", products).astype(x.dtype))
+
+
+@jax.custom_vjp
+def _children(x: Array, kernels: Array) -> Array:
+    """The 8 children of every voxel, each from its own 2x2x2 window of the map with a border of zeros.
+
+    (m, h, w, d, c) and (parities 2, 2, 2, windows 2, 2, 2, c, o) to (m, 2h, 2w, 2d, o). JAX's own derivative would
+    keep all 8 windows of a map, 8 times the map.
+    """
+    if partition.ambient():
+        return _by_parity(x, kernels)
+    return lax.platform_dependent(x, kernels, cpu=_by_plane, default=_by_parity)
+
+
+def _children_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    if partition.ambient():
+        return _gradients_by_parity(*saved, g)
+    return lax.platform_dependent(*saved, g, cpu=_gradients_on_cpu, default=_gradients_by_parity)
+
+
+_children.defvjp(lambda x, kernels: (_children(x, kernels), (x, kernels)), _children_backward)
+
+
+def _by_parity(x: Array, kernels: Array) -> Array:
+    return _interleaved([convolve(_window(x, parity), kernels[parity]) for parity in _PARITIES])
+
+
+def _interleaved(parts: Sequence[Array]) -> Array:
+    """8 maps (m, h, w, d, o) of children, by parity, to (m, 2h, 2w, 2d, o)."""
+    m, h, w, d, o = parts[0].shape
+    y = jnp.stack(parts).reshape(2, 2, 2, m, h, w, d, o)
+    return jnp.einsum("pqrmhwdo->mhpwqdro", y).reshape(m, 2 * h, 2 * w, 2 * d, o)
+
+
+def _window(x: Array, parity: tuple[int, ...], flipped: bool = False) -> Array:
+    """x with the zeros that 2x2x2 windows of one parity read: before each axis for parity 0, behind it for 1."""
+    return jnp.pad(x, ((0, 0), *_zeros(parity, flipped), (0, 0)))
+
+
+def _zeros(parity: tuple[int, ...], flipped: bool = False) -> list[tuple[int, int]]:
+    return [(p, 1 - p) if flipped else (1 - p, p) for p in parity]
+
+
+def _gradients_by_parity(x: Array, kernels: Array, g: Array) -> tuple[Array, Array]:
+    dx, dkernels = jnp.zeros_like(x), []
+    for parity in _PARITIES:
+        # One parity after the other, and no window of the forward pass kept for here.
+        x, g, dx = lax.optimization_barrier((x, g, dx))
+        mine = g[:, *(slice(p, None, 2) for p in parity)]
+        dkernels.append(kernel_gradient(_window(x, parity), mine))
+        kernel = jnp.flip(kernels[parity], (0, 1, 2)).swapaxes(3, 4)
+        dx += convolve(_window(mine, parity, flipped=True), kernel)
+    return dx, jnp.stack(dkernels).reshape(kernels.shape)
+
+
+def _by_plane(x: Array, kernels: Array) -> Array:
+    """Two 2D convolutions a parity: a CPU's library takes half the time when left the padding within planes."""
+    m, h, w, d, c = x.shape
+    parts = []
+    for parity in _PARITIES:
+        first, *inside = _zeros(parity)
+        bordered = jnp.pad(x, ((0, 0), first, (0, 0), (0, 0), (0, 0)))
+        planes = [bordered[:, i : i + h].reshape(m * h, w, d, c) for i in range(2)]
+        sums = [
+            lax.conv_general_dilated(p, k, (1, 1), inside, dimension_numbers=DIMENSIONS_2D)
+            for p, k in zip(planes, kernels[parity], strict=True)
+        ]
+        parts.append((sums[0] + sums[1]).reshape(m, h, w, d, -1))
+    return _interleaved(parts)
+
+
+def _gradients_on_cpu(x: Array, kernels: Array, g: Array) -> tuple[Array, Array]:
+    """The input's as one convolution of stride 2 whose 4x4x4 taps are all windows of all parities."""
+    taps = kernels.transpose(
+        0, 3, 1, 4, 2, 5, 7, 6
+    )  # a parity and its window side by side, in and out swapped
+    order = np.array(
+        [3, 1, 2, 0]
+    )  # an axis's tap t: the fine voxel 2a - 1 + t is child p of a - 1 + window + p
+    taps = taps.reshape(4, 4, 4, *taps.shape[6:])[order][:, order][:, :, order]
+    dx = lax.conv_general_dilated(g, taps, (2, 2, 2), [(1, 1)] * 3, dimension_numbers=DIMENSIONS_3D)
+    return dx, _kernel_gradients_on_cpu(x, g)
+
+
+def _kernel_gradients_on_cpu(x: Array, g: Array) -> Array:
+    """Products of rows of the map and of its children, a slab at a time so that their copies stay in cache.
+
+    Along the last axis the three shifts of the map lie side by side, and so do the two parities of the children: of
+    the six pairs four are windows.
+    """
+    m, h, w, d, c = x.shape
+    o, wide = g.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
+    rows = largest_divisor(h, _SLAB_BYTES / (w * d * (3 * c + 8 * o) * x.dtype.itemsize))
     bordered = _bordered(x)
-    parts = [
-        conv3d(bordered[:, i : i + h + 1, j : j + w + 1, k : k + d + 1], kernels[i, j, k])
-        for i, j, k in itertools.product(range(2), repeat=3)
-    ]
-    y = jnp.stack(parts).reshape(2, 2, 2, m, h, w, d, -1)
-    return jnp.einsum("pqrmhwdo->mhpwqdro", y).reshape(m, 2 * h, 2 * w, 2 * d, -1)
+
+    def add(step: Array, total: Array) -> Array:
+        sample, row = step // (h // rows), step % (h // rows) * rows
+        xs = lax.dynamic_slice(bordered, (sample, row, 0, 0, 0), (1, rows + 2, w + 2, d + 2, c))
+        gs = lax.dynamic_slice(g, (sample, 2 * row, 0, 0, 0), (1, 2 * rows, 2 * w, 2 * d, o))
+        shifted = jnp.concatenate([xs[..., k : k + d, :] for k in range(3)], axis=-1)
+        gs = gs.reshape(rows, 2, w, 2, d, 2 * o)
+        products = [
+            jnp.einsum(
+                "hwda,hwdb->ab",
+                shifted[0, p + i : p + i + rows, q + j : q + j + w],
+                gs[:, p, :, q],
+                preferred_element_type=wide,
+            )
+            for p, q, i, j in itertools.product(range(2), repeat=4)
+        ]
+        return total + jnp.stack(products)
+
+    total = lax.fori_loop(0, m * h // rows, add, jnp.zeros((16, 3 * c, 2 * o), wide))
+    pairs = total.reshape(2, 2, 2, 2, 3, c, 2, o)
+    windows = [jnp.stack([pairs[..., r + k, :, r, :] for k in range(2)], axis=4) for r in range(2)]
+    return jnp.stack(windows, axis=2).astype(x.dtype)
 
 
 def _bias_map(x: Array, up_bias: Array, kernel: Array) -> Array:
     """What the upsampling's bias gives after the convolution: constant but for the faces, (2h, 2w, 2d, o)."""
     inside = _INSIDE.astype(kernel.dtype)
     values = jnp.einsum("ax,by,cz,xyzeo,e->abco", inside, inside, inside, kernel, up_bias)
-    for axis, side in enumerate(x.shape[1:4]):
-        zone = np.ones(2 * side, int)
-        zone[0], zone[-1] = 0, 2
-        spread = np.eye(3, dtype=np.float32)[zone].astype(kernel.dtype)
-        values = jnp.moveaxis(jnp.tensordot(spread, values, (1, axis)), 0, axis)
+    for axis in (
+        2,
+        1,
+        0,
+    ):  # the whole map last: a choice among three planes, which XLA makes where it is read
+        first, between, last = jnp.split(values, 3, axis)
+        place = np.arange(2 * x.shape[1 + axis]).reshape(-1, *[1] * (3 - axis))
+        values = jnp.where(place == 0, first, jnp.where(place == place.max(), last, between))
     return values

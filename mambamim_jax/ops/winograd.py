@@ -101,9 +101,9 @@ def _slabs(sides: Sequence[int], c: int, o: int):
     """Outputs (m, h, w, d) of one slab, all of d, and the function from a slab's number to where it starts."""
     limit = max(_SLAB_BYTES, 2 * _POINTS * c * o * 4) / (_POINTS * (c + o) * 4)
     m, h, w, d = sides[0], *(side // TILE for side in sides[1:])
-    across = _largest_divisor(w, limit / d)
-    rows = _largest_divisor(h, limit / (d * w)) if across == w else 1
-    samples = _largest_divisor(m, limit / (d * w * h)) if across * rows == w * h else 1
+    across = largest_divisor(w, limit / d)
+    rows = largest_divisor(h, limit / (d * w)) if across == w else 1
+    samples = largest_divisor(m, limit / (d * w * h)) if across * rows == w * h else 1
     counts = (m // samples, h // rows, w // across)
     slab = (samples, TILE * rows, TILE * across, sides[3])
 
@@ -114,7 +114,7 @@ def _slabs(sides: Sequence[int], c: int, o: int):
     return slab, starts
 
 
-def _largest_divisor(total: int, limit: float) -> int:
+def largest_divisor(total: int, limit: float) -> int:
     """The largest divisor of total that is at most limit, at least 1."""
     return next(n for n in range(total, 0, -1) if total % n == 0 and (n <= limit or n == 1))
 

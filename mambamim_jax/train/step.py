@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mambamim_jax.lean import compile_lean
 from mambamim_jax.train.optim import AdamW, Schedule, map_with_path, paths
 from mambamim_jax.train.sharding import Placement, host_device, on_host, one_device
 from mambamim_jax.types import Array, NumpyArray, Tree
@@ -191,7 +192,14 @@ def make_step(
         out = (placement.shardings(abstract_state(task, optimiser)), placement.everywhere)
         jitted = jax.jit(placement.traced(step), donate_argnums=0, out_shardings=out)
         placed = [placement.whole(a) for a in given]
-    return lambda state, batch: jitted(state, *placed, batch)
+    compiled: list[jax.stages.Compiled] = []
+
+    def run(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
+        if not compiled:
+            compiled.append(compile_lean(jitted.lower(state, *placed, batch)))
+        return compiled[0](state, *placed, batch)
+
+    return run
 
 
 def _average(ema: Tree, params: Tree, decay: float, step: Array) -> Tree:
