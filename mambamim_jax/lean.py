@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-_ON_CPU = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+_ON_CPU: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 """The order of operations that keeps least alive; the default one keeps more for the sake of running two at once."""
 
 

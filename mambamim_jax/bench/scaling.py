@@ -191,7 +191,7 @@ def plan(config: PretrainConfig, mesh: Sequence[int], devices: int, batch: int) 
     state = placement.like(abstract_state(task, optimiser))
     shape = (batch * devices, *config.data.crop, 1)
     crops = {"image": jax.ShapeDtypeStruct(shape, jnp.int16, sharding=placement.of_batch(len(shape)))}
-    traced = jax.jit(step, donate_argnums=0).trace(state, crops)
+    traced = step.trace(state, crops)
     compiled = traced.lower().compile(compiler_options=RUN_SELDOM)
     memory: Any = compiled.memory_analysis()
     beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

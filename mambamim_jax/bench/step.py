@@ -40,7 +40,6 @@ class OurStep:
     def __init__(self, arguments: Sequence[str], batch: int, dtype: str, costs: int = 0):
         import jax
 
-        from mambamim_jax.lean import compile_lean
         from mambamim_jax.train.optim import make_optimiser
         from mambamim_jax.train.pretrain import mim_task
         from mambamim_jax.train.step import initial_state, make_step
@@ -51,16 +50,14 @@ class OurStep:
         optimiser, schedule = make_optimiser(config.optim, 1000, task.unused_parameters)
         self.state = initial_state(task, optimiser, config.seed)
         self.batch = {"image": jax.random.uniform(jax.random.key(1), (batch, *config.data.crop, 1))}
-        step = make_step(task, optimiser, schedule, seed=config.seed)
-        traced = jax.jit(step, donate_argnums=0).trace(self.state, self.batch)
-        self.flops = matrix_flops(traced.jaxpr)
-        self.compiled = compile_lean(traced.lower())
+        self.step = make_step(task, optimiser, schedule, seed=config.seed)
+        self.flops = matrix_flops(self.step.trace(self.state, self.batch).jaxpr)
 
     def __call__(self) -> float:
         """Does one step and returns its loss."""
         import jax
 
-        self.state, metrics = jax.block_until_ready(self.compiled(self.state, self.batch))
+        self.state, metrics = jax.block_until_ready(self.step(self.state, self.batch))
         return float(metrics["loss"])
 
     def facts(self) -> dict[str, Any]:
@@ -74,7 +71,8 @@ class OurStep:
         facts = {"device": device.device_kind, "on_gpu": on_gpu, "flops": self.flops, "device_bytes": memory}
         facts["ceiling"] = product_ceiling(self.dtype, side)
         if self.costs:
-            steps, text = 3 if on_gpu else 1, self.compiled.as_text()
+            assert self.step.compiled is not None
+            steps, text = 3 if on_gpu else 1, self.step.compiled.as_text() or ""
             facts["costs"] = [vars(c) for c in costliest(self, text, steps=steps, count=self.costs)]
         return facts
 

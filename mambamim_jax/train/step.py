@@ -137,6 +137,27 @@ def step_key(seed: Array | int, step: Array | int) -> Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
+class Step:
+    """A jitted step, compiled when it is first called, for what it is then given.
+
+    Args:
+      jitted: (state, *placed, batch) → (state, metrics). placed: what is the same at every step.
+    """
+
+    def __init__(self, jitted: jax.stages.Wrapped, placed: Sequence[Array]):
+        self.jitted, self.placed = jitted, placed
+        self.compiled: jax.stages.Compiled | None = None
+
+    def trace(self, state: State, batch: Batch) -> jax.stages.Traced:
+        """Of arrays, or of their shapes, dtypes and shardings."""
+        return self.jitted.trace(state, *self.placed, batch)
+
+    def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
+        if self.compiled is None:
+            self.compiled = compile_lean(self.trace(state, batch).lower())
+        return self.compiled(state, *self.placed, batch)
+
+
 def make_step(
     task: Task,
     optimiser: AdamW,
@@ -146,8 +167,8 @@ def make_step(
     accumulate: int = 1,
     remat: str = "none",
     placement: Placement | None = None,
-) -> Callable[[State, Batch], tuple[State, dict[str, Any]]]:
-    """The jitted step: (state, batch) → (state, metrics). The given state is donated.
+) -> Step:
+    """The step: (state, batch) → (state, metrics). The given state is donated.
 
     A step whose loss or gradient norm is not finite leaves the state as it was.
 
@@ -192,14 +213,7 @@ def make_step(
         out = (placement.shardings(abstract_state(task, optimiser)), placement.everywhere)
         jitted = jax.jit(placement.traced(step), donate_argnums=0, out_shardings=out)
         placed = [placement.whole(a) for a in given]
-    compiled: list[jax.stages.Compiled] = []
-
-    def run(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
-        if not compiled:
-            compiled.append(compile_lean(jitted.lower(state, *placed, batch)))
-        return compiled[0](state, *placed, batch)
-
-    return run
+    return Step(jitted, placed)
 
 
 def _average(ema: Tree, params: Tree, decay: float, step: Array) -> Tree:

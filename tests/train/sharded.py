@@ -133,7 +133,7 @@ def gathered(name: str, sizes: tuple[int, ...]) -> list[str]:
     state = placement.like(abstract_state(task, optimiser))
     step = make_step(task, optimiser, schedule, seed=0, placement=placement)
     image = jax.ShapeDtypeStruct((BATCH, *CROPS[name], 1), DTYPE, sharding=placement.of_batch(5))
-    lowered = jax.jit(step, donate_argnums=0).lower(state, {"image": image})
+    lowered = step.trace(state, {"image": image}).lower()
     text = lowered.compile(compiler_options=RUN_SELDOM).as_text()
     known = {squeezed(leaf.shape) for leaf in jax.tree.leaves(state["params"])}
     found = [c for c in Program(text).collectives if c.kind in ("all-gather", "all-to-all")]
