@@ -207,12 +207,12 @@ def _bias_map(x: Array, up_bias: Array, kernel: Array) -> Array:
     """What the upsampling's bias gives after the convolution: constant but for the faces, (2h, 2w, 2d, o)."""
     inside = _INSIDE.astype(kernel.dtype)
     values = jnp.einsum("ax,by,cz,xyzeo,e->abco", inside, inside, inside, kernel, up_bias)
-    for axis in (
-        2,
-        1,
-        0,
-    ):  # the whole map last: a choice among three planes, which XLA makes where it is read
+    for axis in (2, 1, 0):  # the constant and its two faces, whose gradients are one sum and two slices
         first, between, last = jnp.split(values, 3, axis)
-        place = np.arange(2 * x.shape[1 + axis]).reshape(-1, *[1] * (3 - axis))
-        values = jnp.where(place == 0, first, jnp.where(place == place.max(), last, between))
+        far = 2 * x.shape[1 + axis] - 1
+        values = between + _padded(first - between, axis, 0, far) + _padded(last - between, axis, far, 0)
     return values
+
+
+def _padded(x: Array, axis: int, before: int, behind: int) -> Array:
+    return jnp.pad(x, [(before, behind) if i == axis else (0, 0) for i in range(x.ndim)])
