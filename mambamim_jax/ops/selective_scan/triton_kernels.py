@@ -1,9 +1,13 @@
 """Bodies of the selective scan's GPU kernels, written for the Triton backend of Pallas.
 
-A program is one warp, or a few, with one channel a lane. The lane holds its channel's whole state as n
-scalars in registers and walks the tokens in time order, a chunk of tokens unrolled at a time. So sums over
-the state need no communication, every access to (b, l, e) is one coalesced row, and only the gradients of B
-and C cross lanes.
+Four lanes, a quad, share ``Walk.channels`` channels (1, 2 or 4): each lane keeps a quarter of the states of every
+one of them in registers and walks the tokens in time order, a chunk unrolled at a time. Work that a channel needs
+once a token (softplus, gates, their gradients) is dealt out over the quad: a lane owns one channel of one token in
+every ``4 / channels`` tokens, which make a `Group`. A warp has eight quads.
+
+Lanes list their channels and states in orders of their own, so that most exchanges need no selection: channel k
+of a lane is its own channel's number ^ k, and of the sixteen states of a set, state i of a lane is
+4 (i ^ quad) + lane of the quad, with the quad's number modulo 4.
 
 Bodies find their refs by name; those of optional inputs are absent.
 """
@@ -17,8 +21,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from mambamim_jax.ops.selective_scan.triton_math import LANES, LOG2E, Math, State
+from mambamim_jax.ops.selective_scan.triton_math import LANES, LOG2E, Math
 from mambamim_jax.types import Array
+
+QUAD = 4
+SET = 16
+"""States of a set: four lanes with four each."""
+
+Vectors = list[Array]
+State = list[Vectors]
+"""Vectors (block,) for each channel, for each state, of a lane."""
 
 
 class Walk(NamedTuple):
@@ -26,215 +38,324 @@ class Walk(NamedTuple):
 
     length: int  # tokens
     chunk: int  # tokens between two saved states
-    block: int  # channels of a program, one a lane
+    part: int  # tokens whose states the backward pass has in registers at once; divides the chunk
+    channels: int  # channels of a quad of lanes
+    block: int  # lanes of a program
     per_segment: int  # chunks of a segment
+    ahead: bool  # read a chunk while the one before it is worked on
+    early: bool  # backward: what needs the state after a token while recomputing it, not later
+    again: bool  # backward: exchange values of the recomputation again later instead of keeping them
     reverse: bool  # time runs from the last token to the first
     interpret: bool  # run by the Pallas interpreter, which knows no inline assembly
+
+    @property
+    def together(self) -> int:
+        """Tokens of a group."""
+        return QUAD // self.channels
 
 
 class Program:
     """One program's refs by name, and its place: block of channels, sample, segment of the length."""
 
     def __init__(self, refs: dict[str, Any], walk: Walk):
-        self.refs, self.walk, self.math = refs, walk, Math(walk.interpret)
-        self.part, self.sample, self.segment = (pl.program_id(axis) for axis in range(3))
-        self.cols = pl.ds(self.part * walk.block, walk.block)
-        self.states = range(refs["A"].shape[0])
-        self.A = [refs["A"][j, self.cols] * LOG2E for j in self.states]
+        self.refs, self.walk = refs, walk
+        self.math = Math(walk.interpret)
+        self.later = Math(walk.interpret, "again") if walk.again else self.math
+        self.block, self.sample, self.segment = (pl.program_id(axis) for axis in range(3))
+        self.lanes = pl.ds(self.block * walk.block, walk.block)
+        lane = jnp.arange(walk.block, dtype=jnp.int32)
+        self.lane, self.channels = lane, range(walk.channels)
+        first = self.block * (walk.block // QUAD * walk.channels)
+        self.channel = first + lane // QUAD * walk.channels + lane % walk.channels
+        self.turn = lane % QUAD // walk.channels
+        self.states = range(refs["A"].shape[0] // QUAD)
+        self.A = [[a * LOG2E for a in channel] for channel in self._natural(refs["A"])]
         self.bias, self.D = self._vector("delta_bias"), self._vector("D")
 
     def _vector(self, name: str) -> Array | None:
-        return self.refs[name][self.cols].astype(jnp.float32) if name in self.refs else None
+        return pltriton.load(self.refs[name].at[self.channel]).astype(jnp.float32) if name in self.refs else None
+
+    def _places(self) -> list[list[tuple[Array, Array]]]:
+        """(state, channel) for each channel and state of the lanes."""
+        low, high = self.lane % QUAD, self.lane // QUAD % QUAD
+        rows = [i // QUAD * SET + ((high ^ (i % QUAD)) * QUAD + low) for i in self.states]
+        return [[(row, self.channel ^ k) for row in rows] for k in self.channels]
+
+    def _natural(self, ref: Any, *at: Any) -> State:
+        """The lanes' part of an array (..., n, e)."""
+        return [[pltriton.load(ref.at[(*at, *place)]) for place in channel] for channel in self._places()]
 
     def zeros(self) -> Array:
         """A vector of zeros (block,)."""
         return jnp.zeros(self.walk.block, jnp.float32)
 
+    def nothing(self) -> State:
+        """A state of zeros."""
+        return [[self.zeros() for _ in self.states] for _ in self.channels]
+
     def state(self, name: str) -> State:
         """This program's part of a state per segment (segments, b, n, e); zeros where it was not given."""
-        if name not in self.refs:
-            return [self.zeros() for _ in self.states]
-        return [self.refs[name][self.segment, self.sample, j, self.cols] for j in self.states]
+        return self._natural(self.refs[name], self.segment, self.sample) if name in self.refs else self.nothing()
 
-    def put_state(self, name: str, value: State) -> None:
+    def put_state(self, name: str, value: State, segment: Array | None = None) -> None:
         """Stores into a state per segment."""
-        for j in self.states:
-            self.refs[name][self.segment, self.sample, j, self.cols] = value[j]
+        at = self.segment if segment is None else segment, self.sample
+        for places, vectors in zip(self._places(), value):
+            for place, vector in zip(places, vectors):
+                pltriton.store(self.refs[name].at[(*at, *place)], vector)
 
     def put_vector(self, name: str, value: Array) -> None:
-        """Stores (block,) into an array (segments, b, e), where there is one."""
-        if name in self.refs:
-            self.refs[name][self.segment, self.sample, self.cols] = value
+        """Stores a sum over each lane's own tokens into an array (segments, b, e), where there is one."""
+        if name not in self.refs:
+            return
+        bits = self.walk.channels
+        while bits < QUAD:
+            value, bits = value + self.math.exchange(value, bits), bits * 2
+        pltriton.store(self.refs[name].at[self.segment, self.sample, self.channel], value)
 
-    def decay(self, delta: Array, j: int) -> Array:
-        """exp(Δ A) of the j-th state."""
-        return self.math.exp2(delta * self.A[j])
+    def put_saved(self, index: Array, value: State) -> None:
+        """Stores a state as the lanes have it, into (b, chunks, vectors, lanes)."""
+        for row, vector in enumerate(x for channel in value for x in channel):
+            self.refs["saved"][self.sample, index, row, self.lanes] = vector
 
-    def fold(self, body: Any, carry: Any, names: tuple[str, ...], backwards: bool = False) -> Any:
-        """Folds ``body(chunk, carry)`` over the segment's chunks of tokens, with the named arrays read.
+    def saved(self, index: Array) -> State:
+        """What `put_saved` stored."""
+        ref, count = self.refs["saved"], len(self.states)
+        return [
+            [ref[self.sample, index, k * count + i, self.lanes] for i in self.states] for k in self.channels
+        ]
 
-        A chunk is read while the one before it is worked on, so that no warp waits for the memory.
+    def decays(self, deltas: Vectors) -> State:
+        """exp(Δ A) of each channel and state."""
+        return [[self.math.exp2(delta * a) for a in A] for delta, A in zip(deltas, self.A)]
+
+    def collect(self, parts: list[Vectors]) -> Array:
+        """Sums each token's channels over the quad; a lane gets the sum of its own channel and token.
+
+        ``parts`` has a vector for each token of a group and channel.
         """
+        exchange, bit = self.math.exchange, QUAD // 2
+        while len(parts) > 1:
+            half, upper = len(parts) // 2, (self.lane & bit) != 0
+            parts = [
+                [jnp.where(upper, b, a) + exchange(jnp.where(upper, a, b), bit) for a, b in zip(*pair)]
+                for pair in zip(parts[:half], parts[half:])
+            ]
+            bit //= 2
+        return sum((exchange(x, k) for k, x in enumerate(parts[0]) if k), parts[0][0])
+
+    def over_quads(self, values: Vectors) -> Vectors:
+        """Sums a vector of each state over quads with the same parity of number // 4; one sum a set and lane.
+
+        Lane 4 q + s gets state 4 q + s, q modulo 4.
+        """
+        sets = [values[i : i + QUAD] for i in range(0, len(values), QUAD)]
+        return [sum((self.math.exchange(x, QUAD * i) for i, x in enumerate(x) if i), x[0]) for x in sets]
+
+    def put_sums(self, at: Array, dB: Vectors, dC: Vectors, mask: Array | None) -> None:
+        """Stores a token's gradients of B and C, a warp's sums after `over_quads`, into ``dBC`` (b, l, sets lanes)."""
+        ref, upper, bit = self.refs["dBC"], (self.lane & SET) != 0, SET
+        for i, (b, c) in enumerate(zip(dB, dC)):
+            cols = pl.ds(i * (ref.shape[2] // len(dB)) + self.block * self.walk.block, self.walk.block)
+            total = jnp.where(upper, c, b) + self.math.exchange(jnp.where(upper, b, c), bit)
+            pltriton.store(ref.at[self.sample, at, cols], total, mask=mask)
+
+    def fold(self, body: Any, carry: Any, read: Any, backwards: bool = False) -> Any:
+        """Folds ``body(chunk, data, carry)`` over the segment's chunks of tokens, with ``data = read(chunk)``."""
         walk = self.walk
         whole, chunks = walk.length // walk.chunk, -(-walk.length // walk.chunk)
         start = self.segment * walk.per_segment
         end = jnp.minimum(start + walk.per_segment, whole)
 
+        def plain(index: Array, tail: bool, carry: Any) -> Any:
+            chunk = Tokens(self, index, 0, walk.chunk, tail)
+            return body(chunk, read(chunk), carry)
+
         def tail(carry: Any) -> Any:
-            def step(index: Array, carry: Any) -> Any:
-                return body(Chunk(self, index, True).read(names), carry)
-
             stop = jnp.minimum(start + walk.per_segment, chunks)
-            return jax.lax.fori_loop(jnp.maximum(start, whole), stop, step, carry)
+            first = jnp.maximum(start, whole)
+            return jax.lax.fori_loop(first, stop, lambda index, carry: plain(index, True, carry), carry)
 
-        def main(carry: Any) -> Any:
-            def place(count: Array) -> Array:
-                return jnp.clip(end - 1 - count if backwards else start + count, 0, whole - 1)
+        def place(count: Array) -> Array:
+            return jnp.clip(end - 1 - count if backwards else start + count, 0, whole - 1)
 
+        def waiting(carry: Any) -> Any:
+            def step(count: Array, carry: Any) -> Any:
+                return plain(end - 1 - count if backwards else start + count, False, carry)
+
+            return jax.lax.fori_loop(0, end - start, step, carry)
+
+        def ahead(carry: Any) -> Any:
             def step(count: Array, carry: Any) -> Any:
                 carry, data = carry
-                following = Chunk(self, place(count + 1), False).read(names).data
-                return body(Chunk(self, place(count), False, data), carry), following
+                following = read(Tokens(self, place(count + 1), 0, walk.chunk, False))
+                return body(Tokens(self, place(count), 0, walk.chunk, False), data, carry), following
 
-            first = Chunk(self, place(jnp.int32(0)), False).read(names).data
+            first = read(Tokens(self, place(jnp.int32(0)), 0, walk.chunk, False))
             return jax.lax.fori_loop(0, end - start, step, (carry, first))[0]
 
-        parts = [main] * (whole > 0) + [tail] * (whole < chunks)
+        parts = [ahead if walk.ahead else waiting] * (whole > 0) + [tail] * (whole < chunks)
         for part in reversed(parts) if backwards else parts:
             carry = part(carry)
         return carry
 
 
-class Chunk:
-    """A chunk of tokens and what was read of it, a list of vectors (block,) for each array.
+class Tokens:
+    """Tokens ``first`` to ``first + count`` of a chunk; past the end of the sequence their rows are 0."""
 
-    Of (b, l, e) a vector is a token's row. Of (b, l, n) the chunk's values lie one after the other over the lanes of
-    as many vectors as it takes, the same in every warp. Of ``saved`` they are the states before the chunk.
-    """
+    def __init__(self, program: Program, index: Array, first: int, count: int, tail: bool):
+        self.program, self.index, self.first, self.count, self.tail = program, index, first, count, tail
 
-    def __init__(self, program: Program, index: Array, tail: bool, data: dict[str, State] | None = None):
-        self.program, self.index, self.data = program, index, data or {}
-        walk = program.walk
-        times = [index * walk.chunk + i for i in range(walk.chunk)]
-        self.inside = [time < walk.length if tail else None for time in times]
-        self.at = [walk.length - 1 - time if walk.reverse else time for time in times]
+    def halves(self) -> list[Tokens]:
+        """The chunk in parts of ``Walk.part`` tokens."""
+        part = self.program.walk.part
+        return [Tokens(self.program, self.index, i, part, self.tail) for i in range(0, self.count, part)]
 
-    def read(self, names: tuple[str, ...]) -> Chunk:
-        """Reads the named arrays, of those that were given; past the end of the sequence it reads zeros."""
-        for name in names:
-            if name == "saved":
-                p = self.program
-                self.data[name] = [p.refs[name][p.sample, self.index, j, p.cols] for j in p.states]
-            elif name in ("B", "C"):
-                self.data[name] = self._read_flat(name)
-            elif name in self.program.refs:
-                self.data[name] = [self._read_row(name, i) for i in range(self.program.walk.chunk)]
-        return self
+    def time(self, i: int) -> Array:
+        """The number of one of these tokens in time order."""
+        return self.index * self.program.walk.chunk + self.first + i
 
-    def _read_row(self, name: str, i: int) -> Array:
+    def at(self, i: int) -> Array:
+        """Where that token is in the sequence."""
+        walk = self.program.walk
+        return walk.length - 1 - self.time(i) if walk.reverse else self.time(i)
+
+    def own(self, i: int) -> tuple[Array, Array | None]:
+        """Where in (l e) the lanes' own values of the group from token i on are, and which are inside."""
         p = self.program
-        ref = p.refs[name].at[p.sample, self.at[i], p.cols]
-        return pltriton.load(ref, mask=self._mask(i), other=None if self.inside[i] is None else 0.0)
+        walk, width = p.walk, p.refs["A"].shape[1]
+        turn = -p.turn if walk.reverse else p.turn
+        inside = self.time(i) + p.turn < walk.length if self.tail else None
+        return self.at(i) * width + (turn * width + p.channel), inside
 
-    def _read_flat(self, name: str) -> State:
-        p, n = self.program, len(self.program.states)
-        ref, count = p.refs[name], p.walk.chunk * n
-        lane = jnp.arange(p.walk.block, dtype=jnp.int32) % LANES
-        start = (self.at[-1] if p.walk.reverse else self.at[0]) * n
-        vectors = []
-        for offset in range(0, count, LANES):
-            at = start + offset + lane
-            mask = (at >= 0) & (at < p.walk.length * n) & (offset + lane < count)
-            whole = self.inside[0] is None and offset + LANES <= count
-            at_ref = ref.at[p.sample, at]
-            vectors.append(pltriton.load(at_ref) if whole else pltriton.load(at_ref, mask=mask, other=0.0))
-        return vectors
+    def inside(self, i: int) -> Array | None:
+        """Whether token i is inside the sequence, for all lanes; None for yes."""
+        walk = self.program.walk
+        return jnp.broadcast_to(self.time(i) < walk.length, (walk.block,)) if self.tail else None
 
-    def _mask(self, i: int) -> Array | None:
-        inside = self.inside[i]
-        return None if inside is None else jnp.broadcast_to(inside, (self.program.walk.block,))
+    def read(self, names: tuple[str, ...]) -> dict[str, list[Any]]:
+        """Reads the named arrays, of those that were given: a vector a group, or of B and C one a token and set."""
+        p, data = self.program, {}
+        for name in names:
+            if name in ("B", "C"):
+                data[name] = [self._shared(p.refs[name], i) for i in range(self.count)]
+            elif name in p.refs:
+                data[name] = [self._own(p.refs[name], i) for i in range(0, self.count, p.walk.together)]
+        return data
 
-    def tokens(self) -> list[Token]:
-        """The chunk's tokens in time order."""
-        return [Token(self, i) for i in range(self.program.walk.chunk)]
+    def _own(self, ref: Any, i: int) -> Array:
+        at, inside = self.own(i)
+        return pltriton.load(ref.at[self.program.sample, at], mask=inside, other=None if inside is None else 0.0)
+
+    def _shared(self, ref: Any, i: int) -> Vectors:
+        p, mask = self.program, self.inside(i)
+        n = p.refs["A"].shape[0]
+        ats = [self.at(i) * n + (s + p.lane % SET) for s in range(0, n, SET)]
+        other = None if mask is None else 0.0
+        return [pltriton.load(ref.at[p.sample, at], mask=mask, other=other) for at in ats]
+
+    def groups(self, data: dict[str, list[Any]], math: Math) -> list[Group]:
+        """The tokens as groups, in time order; their exchanges are done by ``math``."""
+        return [Group(self, i, data, math) for i in range(0, self.count, self.program.walk.together)]
 
 
-class Token:
-    """One token of a chunk; past the end of the sequence its rows are 0, and nothing is written."""
+class Group:
+    """As many tokens as a vector takes, ``Walk.together``: a lane has one channel of one of them."""
 
-    def __init__(self, chunk: Chunk, i: int):
-        self.chunk, self.i, self.program = chunk, i, chunk.program
-        self.math = chunk.program.math
+    def __init__(self, tokens: Tokens, first: int, data: dict[str, list[Any]], math: Math):
+        self.tokens, self.first, self.data, self.program, self.math = tokens, first, data, tokens.program, math
+        self.turns = range(self.program.walk.together)
         row = self.row("delta") if self.program.bias is None else self.row("delta") + self.program.bias
         self.raw, self.u = row, self.row("u")
-        self.delta = self.or_zero(self.math.softplus(row))
+        self.delta = self.or_zero(self.program.math.softplus(row))
         self.drive = self.delta * self.u
 
     def or_zero(self, value: Array) -> Array:
         """0 past the end."""
-        mask = self.chunk._mask(self.i)
+        mask = self.tokens.own(self.first)[1]
         return value if mask is None else jnp.where(mask, value, 0.0)
 
     def row(self, name: str) -> Array:
-        """(block,) of an array (b, l, e)."""
-        return self.chunk.data[name][self.i].astype(jnp.float32)
+        """The lanes' own values of an array (b, l, e)."""
+        return self.data[name][self.first // len(self.turns)].astype(jnp.float32)
 
-    def shared(self, name: str, j: int) -> Array:
-        """The j-th value of an array (b, l, n), for all lanes."""
-        walk, n = self.program.walk, len(self.program.states)
-        at = (walk.chunk - 1 - self.i if walk.reverse else self.i) * n + j
-        return self.math.broadcast(self.chunk.data[name][at // LANES].astype(jnp.float32), at % LANES)
+    def shared(self, name: str, turn: int) -> Vectors:
+        """A token's values of an array (b, l, n), for each of a lane's states."""
+        sets = [x.astype(jnp.float32) for x in self.data[name][self.first + turn]]
+        return [self.math.exchange(x, QUAD * i) for x in sets for i in range(QUAD)]
+
+    def spread(self, value: Array, turn: int) -> Vectors:
+        """A token's values, for each of a lane's channels, from the lanes that own them."""
+        p = self.program
+        if len(self.turns) == 1:
+            return [self.math.exchange(value, k) for k in p.channels]
+        own = p.lane % p.walk.channels
+        return [self.math.of_quad(value, (own ^ k) + turn * p.walk.channels) for k in p.channels]
 
     def write(self, name: str, value: Array) -> None:
-        """Stores (block,) into (b, l, e)."""
-        ref, p = self.program.refs[name], self.program
-        at = ref.at[p.sample, self.chunk.at[self.i], p.cols]
-        pltriton.store(at, value.astype(ref.dtype), mask=self.chunk._mask(self.i))
-
-    def write_sums(self, values: State) -> None:
-        """Stores the lane sums of the gradients of B and C, 32 a group, into ``dBC`` (b, l, groups e)."""
-        groups = -(-len(values) // LANES)
-        values = values + [self.program.zeros()] * (groups * LANES - len(values))
-        ref, p = self.program.refs["dBC"], self.program
-        for i in range(groups):
-            cols = pl.ds(i * (ref.shape[2] // groups) + p.part * p.walk.block, p.walk.block)
-            sums = self.math.lane_sums(values[i * LANES : (i + 1) * LANES])
-            pltriton.store(ref.at[p.sample, self.chunk.at[self.i], cols], sums, mask=self.chunk._mask(self.i))
+        """Stores the lanes' own values into (b, l e)."""
+        ref, (at, inside) = self.program.refs[name], self.tokens.own(self.first)
+        pltriton.store(ref.at[self.program.sample, at], value.astype(ref.dtype), mask=inside)
 
     def gated(self) -> tuple[Array, Array | None]:
         """The gradient before the gate, and the factor that turns the ungated y into the gate's gradient."""
         dy = self.row("dy")
-        if "z" not in self.chunk.data:
+        if "z" not in self.data:
             return dy, None
         z = self.row("z")
-        s = self.math.sigmoid(z)
+        s = self.program.math.sigmoid(z)
         return dy * z * s, dy * s * (1 + z * (1 - s))
 
-    def step(self, h: State) -> State:
-        """The recurrence."""
-        p, fma = self.program, self.math.fma
-        return [fma(p.decay(self.delta, j), h[j], self.drive * self.shared("B", j)) for j in p.states]
+    def step(self, h: State, turn: int) -> tuple[State, State, State]:
+        """One token of the recurrence: exp(Δ A), its product with the state before, the state after."""
+        deltas, drives = self.spread(self.delta, turn), self.spread(self.drive, turn)
+        B, fma = self.shared("B", turn), self.program.math.fma
+        decays = self.program.decays(deltas)
+        kept = [[d * x for d, x in zip(*pair)] for pair in zip(decays, h)]
+        return decays, kept, [[fma(drive, b, x) for b, x in zip(B, xs)] for drive, xs in zip(drives, kept)]
+
+
+def dot(p: Program, xs: Vectors, ys: Vectors) -> Array:
+    """Σ x y over a lane's vectors."""
+    total = xs[0] * ys[0]
+    for x, y in zip(xs[1:], ys[1:]):
+        total = p.math.fma(x, y, total)
+    return total
+
+
+def over_channels(p: Program, state: State, weights: Vectors) -> Vectors:
+    """Σ weight x over a lane's channels, for each state."""
+    totals = [x * weights[0] for x in state[0]]
+    for xs, weight in zip(state[1:], weights[1:]):
+        totals = [p.math.fma(x, weight, total) for x, total in zip(xs, totals)]
+    return totals
 
 
 def forward(p: Program) -> None:
     """y and the last state; also the state before every chunk, where there is a ref ``saved`` for it."""
 
-    def body(chunk: Chunk, h: State) -> State:
+    def read(chunk: Tokens) -> dict[str, list[Any]]:
+        return chunk.read(("u", "delta", "z", "B", "C"))
+
+    def body(chunk: Tokens, data: dict[str, list[Any]], h: State) -> State:
         if "saved" in p.refs:
-            for j in p.states:
-                p.refs["saved"][p.sample, chunk.index, j, p.cols] = h[j]
-        for token in chunk.tokens():
-            h = token.step(h)
-            y = p.zeros() if p.D is None else p.D * token.u
-            for j in p.states:
-                y = p.math.fma(h[j], token.shared("C", j), y)
-            if "z" in chunk.data:
-                z = token.row("z")
+            p.put_saved(chunk.index, h)
+        for group in chunk.groups(data, p.math):
+            parts = []
+            for turn in group.turns:
+                h = group.step(h, turn)[2]
+                C = group.shared("C", turn)
+                parts.append([dot(p, xs, C) for xs in h])
+            y = p.collect(parts)
+            if p.D is not None:
+                y = p.math.fma(p.D, group.u, y)
+            if "z" in data:
+                z = group.row("z")
                 y = y * z * p.math.sigmoid(z)
-            token.write("y", y)
+            group.write("y", y)
         return h
 
-    p.put_state("last", p.fold(body, p.state("first"), ("u", "delta", "z", "B", "C")))
+    p.put_state("last", p.fold(body, p.state("first"), read))
 
 
 def ends(p: Program, adjoint: bool) -> None:
@@ -243,22 +364,29 @@ def ends(p: Program, adjoint: bool) -> None:
     ``adjoint`` walks the gradient of the state from the segment's last token to its first.
     """
 
-    def body(chunk: Chunk, carry: tuple[State, Array]) -> tuple[State, Array]:
+    def read(chunk: Tokens) -> dict[str, list[Any]]:
+        return chunk.read(("u", "delta", "dy", "z", "C") if adjoint else ("u", "delta", "B"))
+
+    def body(chunk: Tokens, data: dict[str, list[Any]], carry: tuple[State, Array]) -> tuple[State, Array]:
         h, total = carry
-        for token in reversed(chunk.tokens()) if adjoint else chunk.tokens():
-            if adjoint:
-                dout, _ = token.gated()
-                sums = [p.math.fma(dout, token.shared("C", j), h[j]) for j in p.states]
-                h = [p.decay(token.delta, j) * sums[j] for j in p.states]
-            else:
-                h = token.step(h)
-            total = total + token.delta
+        groups = chunk.groups(data, p.math)
+        for group in reversed(groups) if adjoint else groups:
+            for turn in reversed(group.turns) if adjoint else group.turns:
+                h = _adjoint_step(p, group, h, turn) if adjoint else group.step(h, turn)[2]
+            total = total + group.delta
         return h, total
 
-    names = ("u", "delta", "dy", "z", "C") if adjoint else ("u", "delta", "B")
-    h, total = p.fold(body, ([p.zeros() for _ in p.states], p.zeros()), names, backwards=adjoint)
+    h, total = p.fold(body, (p.nothing(), p.zeros()), read, backwards=adjoint)
     p.put_state("end", h)
     p.put_vector("total", total)
+
+
+def _adjoint_step(p: Program, group: Group, g: State, turn: int) -> State:
+    """The gradient of the state before a token from the one after it."""
+    douts, C = group.spread(group.gated()[0], turn), group.shared("C", turn)
+    sums = [[p.math.fma(dout, c, x) for c, x in zip(C, xs)] for dout, xs in zip(douts, g)]
+    decays = p.decays(group.spread(group.delta, turn))
+    return [[d * x for d, x in zip(*pair)] for pair in zip(decays, sums)]
 
 
 def combine(p: Program, segments: int, adjoint: bool) -> None:
@@ -266,65 +394,125 @@ def combine(p: Program, segments: int, adjoint: bool) -> None:
 
     def segment(index: Array, h: State) -> State:
         s = segments - 1 - index if adjoint else index
-        total = p.refs["total"][s, p.sample, p.cols]
-        for j in p.states:
-            p.refs["entry"][s, p.sample, j, p.cols] = h[j]
-        return [p.math.fma(p.decay(total, j), h[j], p.refs["end"][s, p.sample, j, p.cols]) for j in p.states]
+        total = [pltriton.load(p.refs["total"].at[s, p.sample, p.channel ^ k]) for k in p.channels]
+        p.put_state("entry", h, s)
+        end = p._natural(p.refs["end"], s, p.sample)
+        decays = p.decays(total)
+        return [[p.math.fma(*three) for three in zip(*channel)] for channel in zip(decays, h, end)]
 
     jax.lax.fori_loop(0, segments, segment, p.state("first"))
+
+
+class Trail(NamedTuple):
+    """What the recomputation of one token leaves for its gradients."""
+
+    decays: State
+    before: State  # the state before the token, or with ``Walk.early`` its product with the decays
+    after: State | None
+    y: Vectors | None  # a lane's part of the ungated output, a channel each
+    dC: Vectors | None  # a lane's sum over quads, a set each
 
 
 def backward(p: Program) -> None:
     """Gradients of one segment, from its last chunk to its first.
 
-    A chunk's states are recomputed from the saved one and stay in registers. G is the gradient of the state:
-    G_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}.
+    A part's states are recomputed from the saved one and stay in registers; the parts of a chunk before its last
+    one are walked twice. G is the gradient of the state: G_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}.
     """
+    everything = ("u", "delta", "z", "dy", "B", "C")
 
-    def body(chunk: Chunk, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        states, tokens = [chunk.data["saved"]], chunk.tokens()
-        for token in tokens:
-            states.append(token.step(states[-1]))
-        for token in reversed(tokens):
-            after = states.pop()
-            carry = _token_gradients(p, token, states[-1], after, carry)
+    def read(chunk: Tokens) -> tuple[State, list[dict[str, list[Any]]]]:
+        *firsts, last = chunk.halves()
+        datas = [first.read(("u", "delta", "B")) for first in firsts]
+        return p.saved(chunk.index), [*datas, *([] if firsts else [last.read(everything)])]
+
+    def body(chunk: Tokens, data: tuple[State, list[dict[str, list[Any]]]], carry: tuple) -> tuple:
+        (h, datas), parts = data, chunk.halves()
+        if len(parts) == 1:
+            return _part_gradients(p, parts[0], datas[0], h, carry)
+        starts = []
+        for part, given in zip(parts[:-1], datas):
+            starts.append(h)
+            for group in part.groups(given, p.math):
+                for turn in group.turns:
+                    h = group.step(h, turn)[2]
+        carry = _part_gradients(p, parts[-1], parts[-1].read(everything), h, carry)
+        for i in reversed(range(len(parts) - 1)):
+            start = starts[i] if i else p.saved(chunk.index)
+            carry = _part_gradients(p, parts[i], parts[i].read(everything), start, carry)
         return carry
 
-    start = p.state("dlast"), [p.zeros() for _ in p.states], p.zeros(), p.zeros()
-    names = ("u", "delta", "z", "dy", "B", "C", "saved")
-    g, dA, dD, dbias = p.fold(body, start, names, backwards=True)
+    start = p.state("dlast"), p.nothing(), p.zeros(), p.zeros()
+    g, dA, dD, dbias = p.fold(body, start, read, backwards=True)
     p.put_state("dfirst", g)
     p.put_state("dA", dA)
     p.put_vector("dD", dD)
     p.put_vector("dbias", dbias)
 
 
-def _token_gradients(p: Program, token: Token, before: State, after: State, carry: tuple) -> tuple[Any, ...]:
-    """Writes one token's gradients, given the states around it; carries (state's gradient, dA, dD, dbias)."""
-    (g, dA, dD, dbias), fma, u, delta = carry, p.math.fma, token.u, token.delta
-    dout, dz_per_y = token.gated()
-    y = p.zeros() if p.D is None else p.D * u
-    dinput, ddecay, dB, dC, g, dA = p.zeros(), p.zeros(), [], [], list(g), list(dA)
-    for j in p.states:
-        B, C = token.shared("B", j), token.shared("C", j)
-        G = fma(dout, C, g[j])
-        g[j] = p.decay(delta, j) * G
-        dstate = g[j] * before[j]
-        dA[j] = fma(dstate, delta, dA[j])
-        ddecay = fma(dstate, p.A[j], ddecay)
-        dinput = fma(G, B, dinput)
-        if dz_per_y is not None:
-            y = fma(after[j], C, y)
-        dB.append(G * token.drive)
-        dC.append(after[j] * dout)
-    draw = fma(dinput, u, ddecay * (1 / LOG2E)) * p.math.sigmoid(token.raw)
-    dbias = dbias + token.or_zero(draw)
-    du = dinput * delta
+def _part_gradients(p: Program, part: Tokens, data: dict[str, list[Any]], h: State, carry: tuple) -> tuple:
+    """Writes the gradients of a part's tokens, given the state before it; carries (g, dA, dD, dbias)."""
+    trails = []
+    for group in part.groups(data, p.math):
+        dout, _ = group.gated()
+        trail = []
+        for turn in group.turns:
+            decays, kept, after = group.step(h, turn)
+            y, dC = _of_state(p, group, after, dout, turn) if p.walk.early else (None, None)
+            early = p.walk.early
+            trail.append(Trail(decays, kept if early else h, None if early else after, y, dC))
+            h = after
+        trails.append(trail)
+    for group in reversed(part.groups(data, p.later)):
+        carry = _group_gradients(p, group, trails.pop(), carry)
+    return carry
+
+
+def _of_state(p: Program, group: Group, after: State, dout: Array, turn: int) -> tuple[Vectors | None, Vectors]:
+    """A lane's part of the ungated output, and the sums for C's gradient, from the state after a token."""
+    C = group.shared("C", turn)
+    y = [dot(p, xs, C) for xs in after] if "z" in group.data else None
+    return y, p.over_quads(over_channels(p, after, group.spread(dout, turn)))
+
+
+def _group_gradients(p: Program, group: Group, trail: list[Trail], carry: tuple) -> tuple:
+    """Writes a group's gradients; carries (g, dA, dD, dbias)."""
+    (g, dA, dD, dbias), fma = carry, p.math.fma
+    dout, dz_per_y = group.gated()
+    ys, inputs, steps = [], [], []
+    for turn in reversed(group.turns):
+        last = trail.pop()
+        y, dC = (last.y, last.dC) if last.after is None else _of_state(p, group, last.after, dout, turn)
+        g, dA, dinput, ddecay, dB = _state_gradients(p, group, last, dout, turn, g, dA)
+        tokens, i = group.tokens, group.first + turn
+        p.put_sums(tokens.at(i), dB, dC, tokens.inside(i))
+        ys.insert(0, y)
+        inputs.insert(0, dinput)
+        steps.insert(0, ddecay)
+    dinput, ddecay = p.collect(inputs), p.collect(steps)
+    draw = fma(dinput, group.u, ddecay * (1 / LOG2E)) * p.math.sigmoid(group.raw)
+    dbias = dbias + group.or_zero(draw)
+    du = dinput * group.delta
     if dz_per_y is not None:
-        token.write("dz", dz_per_y * y)
+        y = p.collect(ys)
+        group.write("dz", dz_per_y * (y if p.D is None else fma(p.D, group.u, y)))
     if p.D is not None:
-        du, dD = fma(p.D, dout, du), fma(dout, u, dD)
-    token.write("du", du)
-    token.write("ddelta", draw)
-    token.write_sums(dB + dC)
+        du, dD = fma(p.D, dout, du), fma(dout, group.u, dD)
+    group.write("du", du)
+    group.write("ddelta", draw)
     return g, dA, dD, dbias
+
+
+def _state_gradients(
+    p: Program, group: Group, trail: Trail, dout: Array, turn: int, g: State, dA: State
+) -> tuple[State, State, Vectors, Vectors, Vectors]:
+    """One token's part in the gradients of state and A; a lane's parts of Σ G B and Σ A dstate, and dB's sums."""
+    B, C, fma = group.shared("B", turn), group.shared("C", turn), p.math.fma
+    douts, deltas = group.spread(dout, turn), group.spread(group.delta, turn)
+    drives = group.spread(group.drive, turn)
+    G = [[fma(x, c, y) for c, y in zip(C, ys)] for x, ys in zip(douts, g)]
+    g = [[d * x for d, x in zip(*pair)] for pair in zip(trail.decays, G)]
+    dstates = [[x * y for x, y in zip(*pair)] for pair in zip(G if p.walk.early else g, trail.before)]
+    dA = [[fma(x, delta, y) for x, y in zip(*pair)] for delta, pair in zip(deltas, zip(dstates, dA))]
+    ddecay = [dot(p, *pair) for pair in zip(dstates, p.A)]
+    return g, dA, [dot(p, xs, B) for xs in G], ddecay, p.over_quads(over_channels(p, G, drives))

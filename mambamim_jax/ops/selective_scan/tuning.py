@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """How the kernels are cut up. A program is a few warps, one channel a lane, of one sample and segment."""
+    """How the kernels are cut up. A program is a few warps of one sample and segment; a quad is four lanes of a warp."""
 
     inference_chunk: int  # tokens unrolled where no states are saved
     chunk: int  # tokens between two saved states, unrolled in the kernels
@@ -17,12 +17,17 @@ class Launch(NamedTuple):
     backward_warps: int  # warps of a backward program
     fill: int  # warps that fill the card; where a launch has fewer, the length is split into segments
     shortest: int  # tokens below which a segment is not split further
+    channels: int = 2  # channels of a quad: 1, 2 or 4; chunks and parts are multiples of 4 / channels
+    part: int = 4  # tokens whose states the backward pass keeps at once; divides the chunk
+    ahead: bool = True  # read a chunk while the one before it is worked on
+    early: bool = False  # backward: use the state after a token as soon as it is recomputed
+    again: bool = False  # backward: exchange a second time instead of keeping exchanged values
 
 
 # (9, 0) is measured on an H200; (8, 0) has only been lowered, never run, and takes over its chunks.
 TUNED = {
-    (8, 0): Launch(8, 3, 1, 1, 108 * 12, 48),
-    (9, 0): Launch(8, 3, 1, 1, 132 * 12, 48),
+    (8, 0): Launch(8, 8, 1, 1, 108 * 12, 48),
+    (9, 0): Launch(8, 8, 1, 1, 132 * 12, 48),
 }
 
 

@@ -1,0 +1,89 @@
+"""Arithmetic of the GPU kernels on vectors with one channel a lane.
+
+The Triton backend contracts no products into sums and has slow accurate versions of the elementary
+functions, so that a few one-instruction operations are spelt out here, with their equivalents for the
+Pallas interpreter.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as pltriton
+
+from mambamim_jax.types import Array
+
+LANES = 32
+LOG2E = math.log2(math.e)
+State = list[Array]
+"""n vectors (block,)."""
+
+
+class Math:
+    """Single instructions on vectors (block,), or what the interpreter computes in their place."""
+
+    def __init__(self, interpret: bool):
+        self.interpret = interpret
+
+    def _asm(self, code: str, *args: Array) -> Array:
+        (out,) = pltriton.elementwise_inline_asm(
+            code,
+            args=args,
+            constraints=",".join(["=f"] + ["f"] * len(args)),
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
+        )
+        return out
+
+    def exp2(self, x: Array) -> Array:
+        """2^x."""
+        return jnp.exp2(x) if self.interpret else self._asm("ex2.approx.ftz.f32 $0, $1;", x)
+
+    def reciprocal(self, x: Array) -> Array:
+        """1 / x."""
+        return 1 / x if self.interpret else self._asm("rcp.approx.ftz.f32 $0, $1;", x)
+
+    def fma(self, x: Array, y: Array, z: Array) -> Array:
+        """x y + z."""
+        if self.interpret:
+            return x * y + z
+        return self._asm("fma.rn.f32 $0, $1, $2, $3;", x, y, z)
+
+    def exchange(self, x: Array, bit: int) -> Array:
+        """The value of the lane whose number differs in this bit."""
+        if self.interpret:
+            return x.reshape(-1, 2, bit)[:, ::-1].reshape(x.shape)
+        return self._asm(f"shfl.sync.bfly.b32 $0, $1, {bit}, 0x1f, 0xffffffff;", x)
+
+    def broadcast(self, x: Array, lane: int) -> Array:
+        """One lane's value for all lanes of its warp."""
+        if self.interpret:
+            return jnp.repeat(x.reshape(-1, LANES)[:, lane], LANES)
+        return self._asm(f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1f, 0xffffffff;", x)
+
+    def sigmoid(self, x: Array) -> Array:
+        """1 / (1 + e^-x)."""
+        return self.reciprocal(1.0 + self.exp2(x * -LOG2E))
+
+    def softplus(self, x: Array) -> Array:
+        """log(1 + e^x) = max(x, 0) + 2 artanh(w / (2 + w)), w = e^-|x|: exact for tiny values too."""
+        w = self.exp2(jnp.abs(x) * -LOG2E)
+        s = w * self.reciprocal(2.0 + w)
+        square, series = s * s, jnp.full(x.shape, 2 / 11, jnp.float32)
+        for odd in (9, 7, 5, 3, 1):
+            series = self.fma(series, square, jnp.full(x.shape, 2 / odd, jnp.float32))
+        return self.fma(s, series, jnp.maximum(x, 0.0))
+
+    def lane_sums(self, values: State) -> Array:
+        """Sums each of 32 vectors over its warp's lanes; lane i gets the i-th sum.
+
+        Halves the list at each of five exchanges, so that 32 sums cost 31 of them instead of 160.
+        """
+        lane = jnp.arange(values[0].shape[0], dtype=jnp.int32)
+        for bit in (16, 8, 4, 2, 1):
+            upper = (lane & bit) != 0
+            pairs = list(zip(values[: len(values) // 2], values[len(values) // 2 :]))
+            values = [jnp.where(upper, b, a) + self.exchange(jnp.where(upper, a, b), bit) for a, b in pairs]
+        return values[0]

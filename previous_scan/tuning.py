@@ -1,0 +1,31 @@
+"""Launch sizes of the GPU kernels, one small table keyed by compute capability.
+
+`launch/bench.py scan --sweep` prints the times from which the rows were chosen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Launch(NamedTuple):
+    """How the kernels are cut up. A program is a few warps, one channel a lane, of one sample and segment."""
+
+    inference_chunk: int  # tokens unrolled where no states are saved
+    chunk: int  # tokens between two saved states, unrolled in the kernels
+    warps: int  # warps of a forward program
+    backward_warps: int  # warps of a backward program
+    fill: int  # warps that fill the card; where a launch has fewer, the length is split into segments
+    shortest: int  # tokens below which a segment is not split further
+
+
+# (9, 0) is measured on an H200; (8, 0) has only been lowered, never run, and takes over its chunks.
+TUNED = {
+    (8, 0): Launch(8, 3, 1, 1, 108 * 12, 48),
+    (9, 0): Launch(8, 3, 1, 1, 132 * 12, 48),
+}
+
+
+def launch_for(capability: tuple[int, int]) -> Launch:
+    """The row of the newest measured card that is no newer than this one."""
+    return TUNED[max((row for row in TUNED if row <= capability), default=min(TUNED))]
