@@ -61,7 +61,7 @@ def forward(
     launch = launch or _default_launch()
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
     f = _padded(inputs, launch)
-    walk, segments = _walk(f, launch, launch.warps, launch.chunk if save else launch.inference_chunk, reverse)
+    walk, segments = _walk(f, launch, save, False, reverse)
     e, states = f.u.shape[2], f.A.shape[1]
     outputs = {"y": _flat(f.u), "last": _float(segments, b, states, e)}
     if save:
@@ -89,7 +89,7 @@ def backward(
     f = _padded(inputs, launch)
     e, states = f.u.shape[2], f.A.shape[1]
     dy, dlast = _widen(dy, e), _pad(dlast.mT, (states, e))
-    walk, segments = _walk(f, launch, launch.backward_warps, launch.chunk, reverse)
+    walk, segments = _walk(f, launch, True, True, reverse)
     lanes = _programs(f, walk) * walk.block
     outputs = {
         "du": _flat(f.u),
@@ -158,23 +158,25 @@ def _pad(x: Array, sizes: tuple[int, ...]) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - len(sizes)) + more)
 
 
-def _walk(f: ScanInputs, launch: Launch, warps: int, chunk: int, reverse: bool) -> tuple[kernels.Walk, int]:
+def _walk(
+    f: ScanInputs, launch: Launch, save: bool, backward: bool, reverse: bool
+) -> tuple[kernels.Walk, int]:
     """The launch's static facts, and into how many segments the length is cut so that it fills the card."""
     b, length, e = f.u.shape
-    chunks = -(-length // chunk)
-    warp = LANES // kernels.QUAD * launch.channels
+    chunk = launch.chunk if save else launch.inference_chunk
+    part = launch.part if backward else chunk
+    chunks, warp = -(-length // chunk), LANES // kernels.QUAD * launch.channels
     wanted = min(launch.fill * warp // (b * e), length // launch.shortest)
     per_segment = -(-chunks // max(wanted, 1))
     walk = kernels.Walk(
         length=length,
         chunk=chunk,
-        part=launch.part,
+        part=part,
         channels=launch.channels,
-        block=LANES * warps,
-        per_segment=per_segment,
-        ahead=launch.ahead,
+        block=LANES * (launch.backward_warps if backward else launch.warps),
+        per_segment=per_segment * (chunk // part),
+        ahead=launch.backward_ahead if backward else launch.ahead,
         early=launch.early,
-        again=launch.again,
         reverse=reverse,
         interpret=_interpret,
     )

@@ -38,13 +38,12 @@ class Walk(NamedTuple):
 
     length: int  # tokens
     chunk: int  # tokens between two saved states
-    part: int  # tokens whose states the backward pass has in registers at once; divides the chunk
+    part: int  # tokens unrolled in the kernel, all of a chunk's or a share of them
     channels: int  # channels of a quad of lanes
     block: int  # lanes of a program
-    per_segment: int  # chunks of a segment
-    ahead: bool  # read a chunk while the one before it is worked on
+    per_segment: int  # parts of a segment
+    ahead: bool  # read a part while the one before it is worked on
     early: bool  # backward: what needs the state after a token while recomputing it, not later
-    again: bool  # backward: exchange values of the recomputation again later instead of keeping them
     reverse: bool  # time runs from the last token to the first
     interpret: bool  # run by the Pallas interpreter, which knows no inline assembly
 
@@ -60,7 +59,6 @@ class Program:
     def __init__(self, refs: dict[str, Any], walk: Walk):
         self.refs, self.walk = refs, walk
         self.math = Math(walk.interpret)
-        self.later = Math(walk.interpret, "again") if walk.again else self.math
         self.block, self.sample, self.segment = (pl.program_id(axis) for axis in range(3))
         self.lanes = pl.ds(self.block * walk.block, walk.block)
         lane = jnp.arange(walk.block, dtype=jnp.int32)
@@ -161,23 +159,20 @@ class Program:
             pltriton.store(ref.at[self.sample, at, cols], total, mask=mask)
 
     def fold(self, body: Any, carry: Any, read: Any, backwards: bool = False) -> Any:
-        """Folds ``body(chunk, data, carry)`` over the segment's chunks of tokens, with ``data = read(chunk)``."""
+        """Folds ``body(part, data, carry)`` over the segment's parts, with ``data = read(part)``."""
         walk = self.walk
-        whole, chunks = walk.length // walk.chunk, -(-walk.length // walk.chunk)
+        whole, parts = walk.length // walk.part, -(-walk.length // walk.part)
         start = self.segment * walk.per_segment
         end = jnp.minimum(start + walk.per_segment, whole)
 
         def plain(index: Array, tail: bool, carry: Any) -> Any:
-            chunk = Tokens(self, index, 0, walk.chunk, tail)
-            return body(chunk, read(chunk), carry)
+            part = Tokens(self, index, tail)
+            return body(part, read(part), carry)
 
         def tail(carry: Any) -> Any:
-            stop = jnp.minimum(start + walk.per_segment, chunks)
+            stop = jnp.minimum(start + walk.per_segment, parts)
             first = jnp.maximum(start, whole)
             return jax.lax.fori_loop(first, stop, lambda index, carry: plain(index, True, carry), carry)
-
-        def place(count: Array) -> Array:
-            return jnp.clip(end - 1 - count if backwards else start + count, 0, whole - 1)
 
         def waiting(carry: Any) -> Any:
             def step(count: Array, carry: Any) -> Any:
@@ -186,34 +181,36 @@ class Program:
             return jax.lax.fori_loop(0, end - start, step, carry)
 
         def ahead(carry: Any) -> Any:
+            def place(count: Array) -> Tokens:
+                index = jnp.clip(end - 1 - count if backwards else start + count, 0, whole - 1)
+                return Tokens(self, index, False)
+
             def step(count: Array, carry: Any) -> Any:
                 carry, data = carry
-                following = read(Tokens(self, place(count + 1), 0, walk.chunk, False))
-                return body(Tokens(self, place(count), 0, walk.chunk, False), data, carry), following
+                following = read(place(count + 1))
+                return body(place(count), data, carry), following
 
-            first = read(Tokens(self, place(jnp.int32(0)), 0, walk.chunk, False))
-            return jax.lax.fori_loop(0, end - start, step, (carry, first))[0]
+            return jax.lax.fori_loop(0, end - start, step, (carry, read(place(jnp.int32(0)))))[0]
 
-        parts = [ahead if walk.ahead else waiting] * (whole > 0) + [tail] * (whole < chunks)
-        for part in reversed(parts) if backwards else parts:
-            carry = part(carry)
+        loops = [ahead if walk.ahead else waiting] * (whole > 0) + [tail] * (whole < parts)
+        for loop in reversed(loops) if backwards else loops:
+            carry = loop(carry)
         return carry
 
 
+Data = dict[str, list[Any]]
+"""What was read of each array."""
+
+
 class Tokens:
-    """Tokens ``first`` to ``first + count`` of a chunk; past the end of the sequence their rows are 0."""
+    """A part: the tokens that are unrolled together; past the end of the sequence their rows are 0."""
 
-    def __init__(self, program: Program, index: Array, first: int, count: int, tail: bool):
-        self.program, self.index, self.first, self.count, self.tail = program, index, first, count, tail
-
-    def halves(self) -> list[Tokens]:
-        """The chunk in parts of ``Walk.part`` tokens."""
-        part = self.program.walk.part
-        return [Tokens(self.program, self.index, i, part, self.tail) for i in range(0, self.count, part)]
+    def __init__(self, program: Program, index: Array, tail: bool):
+        self.program, self.index, self.tail, self.count = program, index, tail, program.walk.part
 
     def time(self, i: int) -> Array:
         """The number of one of these tokens in time order."""
-        return self.index * self.program.walk.chunk + self.first + i
+        return self.index * self.count + i
 
     def at(self, i: int) -> Array:
         """Where that token is in the sequence."""
@@ -233,7 +230,7 @@ class Tokens:
         walk = self.program.walk
         return jnp.broadcast_to(self.time(i) < walk.length, (walk.block,)) if self.tail else None
 
-    def read(self, names: tuple[str, ...]) -> dict[str, list[Any]]:
+    def read(self, names: tuple[str, ...]) -> Data:
         """Reads the named arrays, of those that were given: a vector a group, or of B and C one a token and set."""
         p, data = self.program, {}
         for name in names:
@@ -254,20 +251,21 @@ class Tokens:
         other = None if mask is None else 0.0
         return [pltriton.load(ref.at[p.sample, at], mask=mask, other=other) for at in ats]
 
-    def groups(self, data: dict[str, list[Any]], math: Math) -> list[Group]:
-        """The tokens as groups, in time order; their exchanges are done by ``math``."""
-        return [Group(self, i, data, math) for i in range(0, self.count, self.program.walk.together)]
+    def groups(self, data: Data) -> list[Group]:
+        """The tokens as groups, in time order."""
+        return [Group(self, i, data) for i in range(0, self.count, self.program.walk.together)]
 
 
 class Group:
     """As many tokens as a vector takes, ``Walk.together``: a lane has one channel of one of them."""
 
-    def __init__(self, tokens: Tokens, first: int, data: dict[str, list[Any]], math: Math):
-        self.tokens, self.first, self.data, self.program, self.math = tokens, first, data, tokens.program, math
+    def __init__(self, tokens: Tokens, first: int, data: Data):
+        self.tokens, self.first, self.data, self.program = tokens, first, data, tokens.program
+        self.math = self.program.math
         self.turns = range(self.program.walk.together)
         row = self.row("delta") if self.program.bias is None else self.row("delta") + self.program.bias
         self.raw, self.u = row, self.row("u")
-        self.delta = self.or_zero(self.program.math.softplus(row))
+        self.delta = self.or_zero(self.math.softplus(row))
         self.drive = self.delta * self.u
 
     def or_zero(self, value: Array) -> Array:
@@ -303,13 +301,13 @@ class Group:
         if "z" not in self.data:
             return dy, None
         z = self.row("z")
-        s = self.program.math.sigmoid(z)
+        s = self.math.sigmoid(z)
         return dy * z * s, dy * s * (1 + z * (1 - s))
 
     def step(self, h: State, turn: int) -> tuple[State, State, State]:
         """One token of the recurrence: exp(Δ A), its product with the state before, the state after."""
         deltas, drives = self.spread(self.delta, turn), self.spread(self.drive, turn)
-        B, fma = self.shared("B", turn), self.program.math.fma
+        B, fma = self.shared("B", turn), self.math.fma
         decays = self.program.decays(deltas)
         kept = [[d * x for d, x in zip(*pair)] for pair in zip(decays, h)]
         return decays, kept, [[fma(drive, b, x) for b, x in zip(B, xs)] for drive, xs in zip(drives, kept)]
@@ -334,13 +332,13 @@ def over_channels(p: Program, state: State, weights: Vectors) -> Vectors:
 def forward(p: Program) -> None:
     """y and the last state; also the state before every chunk, where there is a ref ``saved`` for it."""
 
-    def read(chunk: Tokens) -> dict[str, list[Any]]:
-        return chunk.read(("u", "delta", "z", "B", "C"))
+    def read(part: Tokens) -> Data:
+        return part.read(("u", "delta", "z", "B", "C"))
 
-    def body(chunk: Tokens, data: dict[str, list[Any]], h: State) -> State:
+    def body(part: Tokens, data: Data, h: State) -> State:
         if "saved" in p.refs:
-            p.put_saved(chunk.index, h)
-        for group in chunk.groups(data, p.math):
+            p.put_saved(part.index, h)
+        for group in part.groups(data):
             parts = []
             for turn in group.turns:
                 h = group.step(h, turn)[2]
@@ -364,12 +362,12 @@ def ends(p: Program, adjoint: bool) -> None:
     ``adjoint`` walks the gradient of the state from the segment's last token to its first.
     """
 
-    def read(chunk: Tokens) -> dict[str, list[Any]]:
-        return chunk.read(("u", "delta", "dy", "z", "C") if adjoint else ("u", "delta", "B"))
+    def read(part: Tokens) -> Data:
+        return part.read(("u", "delta", "dy", "z", "C") if adjoint else ("u", "delta", "B"))
 
-    def body(chunk: Tokens, data: dict[str, list[Any]], carry: tuple[State, Array]) -> tuple[State, Array]:
+    def body(part: Tokens, data: Data, carry: tuple[State, Array]) -> tuple[State, Array]:
         h, total = carry
-        groups = chunk.groups(data, p.math)
+        groups = part.groups(data)
         for group in reversed(groups) if adjoint else groups:
             for turn in reversed(group.turns) if adjoint else group.turns:
                 h = _adjoint_step(p, group, h, turn) if adjoint else group.step(h, turn)[2]
@@ -414,33 +412,28 @@ class Trail(NamedTuple):
 
 
 def backward(p: Program) -> None:
-    """Gradients of one segment, from its last chunk to its first.
+    """Gradients of one segment, from its last part to its first.
 
-    A part's states are recomputed from the saved one and stay in registers; the parts of a chunk before its last
-    one are walked twice. G is the gradient of the state: G_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}.
+    A part's states are recomputed from the saved one, for which the parts before it in its chunk are walked too, and
+    stay in registers. G is the gradient of the state: G_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}.
     """
-    everything = ("u", "delta", "z", "dy", "B", "C")
+    shares = p.walk.chunk // p.walk.part
 
-    def read(chunk: Tokens) -> tuple[State, list[dict[str, list[Any]]]]:
-        *firsts, last = chunk.halves()
-        datas = [first.read(("u", "delta", "B")) for first in firsts]
-        return p.saved(chunk.index), [*datas, *([] if firsts else [last.read(everything)])]
+    def read(part: Tokens) -> tuple[State, Data]:
+        return p.saved(part.index // shares), part.read(("u", "delta", "z", "dy", "B", "C"))
 
-    def body(chunk: Tokens, data: tuple[State, list[dict[str, list[Any]]]], carry: tuple) -> tuple:
-        (h, datas), parts = data, chunk.halves()
-        if len(parts) == 1:
-            return _part_gradients(p, parts[0], datas[0], h, carry)
-        starts = []
-        for part, given in zip(parts[:-1], datas):
-            starts.append(h)
-            for group in part.groups(given, p.math):
-                for turn in group.turns:
-                    h = group.step(h, turn)[2]
-        carry = _part_gradients(p, parts[-1], parts[-1].read(everything), h, carry)
-        for i in reversed(range(len(parts) - 1)):
-            start = starts[i] if i else p.saved(chunk.index)
-            carry = _part_gradients(p, parts[i], parts[i].read(everything), start, carry)
-        return carry
+    def walk(index: Array, h: State) -> State:
+        part = Tokens(p, index, False)
+        for group in part.groups(part.read(("u", "delta", "B"))):
+            for turn in group.turns:
+                h = group.step(h, turn)[2]
+        return h
+
+    def body(part: Tokens, data: tuple[State, Data], carry: tuple) -> tuple:
+        h, rows = data
+        if shares > 1:
+            h = jax.lax.fori_loop(part.index // shares * shares, part.index, walk, h)
+        return _part_gradients(p, part, rows, h, carry)
 
     start = p.state("dlast"), p.nothing(), p.zeros(), p.zeros()
     g, dA, dD, dbias = p.fold(body, start, read, backwards=True)
@@ -450,10 +443,10 @@ def backward(p: Program) -> None:
     p.put_vector("dbias", dbias)
 
 
-def _part_gradients(p: Program, part: Tokens, data: dict[str, list[Any]], h: State, carry: tuple) -> tuple:
+def _part_gradients(p: Program, part: Tokens, data: Data, h: State, carry: tuple) -> tuple:
     """Writes the gradients of a part's tokens, given the state before it; carries (g, dA, dD, dbias)."""
     trails = []
-    for group in part.groups(data, p.math):
+    for group in part.groups(data):
         dout, _ = group.gated()
         trail = []
         for turn in group.turns:
@@ -463,7 +456,7 @@ def _part_gradients(p: Program, part: Tokens, data: dict[str, list[Any]], h: Sta
             trail.append(Trail(decays, kept if early else h, None if early else after, y, dC))
             h = after
         trails.append(trail)
-    for group in reversed(part.groups(data, p.later)):
+    for group in reversed(part.groups(data)):
         carry = _group_gradients(p, group, trails.pop(), carry)
     return carry
 

@@ -20,19 +20,15 @@ LOG2E = math.log2(math.e)
 
 
 class Math:
-    """Single instructions on vectors (block,), or what the interpreter computes in their place.
+    """Single instructions on vectors (block,), or what the interpreter computes in their place."""
 
-    Equal calls are merged by the compiler, which keeps their result in registers in between; those of a `Math` with
-    another ``tag`` are not merged with this one's.
-    """
-
-    def __init__(self, interpret: bool, tag: str = ""):
-        self.interpret, self.tag = interpret, f" /* {tag} */" if tag else ""
+    def __init__(self, interpret: bool):
+        self.interpret = interpret
 
     def _asm(self, code: str, *args: Array) -> Array:
         inputs = ["r" if arg.dtype == jnp.int32 else "f" for arg in args]
         (out,) = pltriton.elementwise_inline_asm(
-            code + self.tag,
+            code,
             args=args,
             constraints=",".join(["=f", *inputs]),
             pack=1,

@@ -18,10 +18,10 @@ class Launch(NamedTuple):
     fill: int  # warps that fill the card; where a launch has fewer, the length is split into segments
     shortest: int  # tokens below which a segment is not split further
     channels: int = 2  # channels of a quad: 1, 2 or 4; chunks and parts are multiples of 4 / channels
-    part: int = 4  # tokens whose states the backward pass keeps at once; divides the chunk
-    ahead: bool = True  # read a chunk while the one before it is worked on
+    part: int = 4  # tokens unrolled in the backward pass, their states in registers; divides the chunk
+    ahead: bool = True  # forward: read a chunk while the one before it is worked on
+    backward_ahead: bool = True  # backward: read a part while the one before it is worked on
     early: bool = False  # backward: use the state after a token as soon as it is recomputed
-    again: bool = False  # backward: exchange a second time instead of keeping exchanged values
 
 
 # (9, 0) is measured on an H200; (8, 0) has only been lowered, never run, and takes over its chunks.
