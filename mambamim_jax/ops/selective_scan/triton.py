@@ -177,6 +177,8 @@ def _walk(
         per_segment=per_segment * (chunk // part),
         ahead=launch.backward_ahead if backward else launch.ahead,
         early=launch.early,
+        kept=launch.kept,
+        again=launch.again,
         reverse=reverse,
         interpret=_interpret,
     )

@@ -14,6 +14,7 @@ Bodies find their refs by name; those of optional inputs are absent.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +45,8 @@ class Walk(NamedTuple):
     per_segment: int  # parts of a segment
     ahead: bool  # read a part while the one before it is worked on
     early: bool  # backward: what needs the state after a token while recomputing it, not later
+    kept: int  # backward: tokens, the last ones of a part, whose decays stay in registers too
+    again: bool  # backward: exchange a second time instead of keeping what was exchanged
     reverse: bool  # time runs from the last token to the first
     interpret: bool  # run by the Pallas interpreter, which knows no inline assembly
 
@@ -67,6 +70,7 @@ class Program:
         self.channel = first + lane // QUAD * walk.channels + lane % walk.channels
         self.turn = lane % QUAD // walk.channels
         self.states = range(refs["A"].shape[0] // QUAD)
+        self.zero = jnp.minimum(lane, 0).astype(jnp.float32)  # unknown to the compiler
         self.A = [[a * LOG2E for a in channel] for channel in self._natural(refs["A"])]
         self.bias, self.D = self._vector("delta_bias"), self._vector("D")
 
@@ -126,6 +130,11 @@ class Program:
     def decays(self, deltas: Vectors) -> State:
         """exp(Δ A) of each channel and state."""
         return [[self.math.exp2(delta * a) for a in A] for delta, A in zip(deltas, self.A)]
+
+    def decays_again(self, deltas: Vectors) -> State:
+        """`decays`, in a way that keeps the compiler from merging it with them and so from keeping those."""
+        fma = self.math.fma
+        return [[self.math.exp2(fma(delta, a, self.zero)) for a in A] for delta, A in zip(deltas, self.A)]
 
     def collect(self, parts: list[Vectors]) -> Array:
         """Sums each token's channels over the quad; a lane gets the sum of its own channel and token.
@@ -268,6 +277,16 @@ class Group:
         self.delta = self.or_zero(self.math.softplus(row))
         self.drive = self.delta * self.u
 
+    def again(self) -> Group:
+        """The same, for the compiler of other values, so that it exchanges them again instead of keeping them."""
+        if not self.program.walk.again:
+            return self
+        new, zero = copy.copy(self), self.program.zero
+        new.delta, new.drive = self.delta + zero, self.drive + zero
+        B = [[x.astype(jnp.float32) + zero for x in sets] for sets in self.data["B"]]
+        new.data = {**self.data, "B": B}
+        return new
+
     def or_zero(self, value: Array) -> Array:
         """0 past the end."""
         mask = self.tokens.own(self.first)[1]
@@ -304,13 +323,13 @@ class Group:
         s = self.math.sigmoid(z)
         return dy * z * s, dy * s * (1 + z * (1 - s))
 
-    def step(self, h: State, turn: int) -> tuple[State, State, State]:
-        """One token of the recurrence: exp(Δ A), its product with the state before, the state after."""
+    def step(self, h: State, turn: int) -> tuple[State, State]:
+        """One token of the recurrence: exp(Δ A) and the state after."""
         deltas, drives = self.spread(self.delta, turn), self.spread(self.drive, turn)
         B, fma = self.shared("B", turn), self.math.fma
         decays = self.program.decays(deltas)
         kept = [[d * x for d, x in zip(*pair)] for pair in zip(decays, h)]
-        return decays, kept, [[fma(drive, b, x) for b, x in zip(B, xs)] for drive, xs in zip(drives, kept)]
+        return decays, [[fma(drive, b, x) for b, x in zip(B, xs)] for drive, xs in zip(drives, kept)]
 
 
 def dot(p: Program, xs: Vectors, ys: Vectors) -> Array:
@@ -341,7 +360,7 @@ def forward(p: Program) -> None:
         for group in part.groups(data):
             parts = []
             for turn in group.turns:
-                h = group.step(h, turn)[2]
+                h = group.step(h, turn)[1]
                 C = group.shared("C", turn)
                 parts.append([dot(p, xs, C) for xs in h])
             y = p.collect(parts)
@@ -370,7 +389,7 @@ def ends(p: Program, adjoint: bool) -> None:
         groups = part.groups(data)
         for group in reversed(groups) if adjoint else groups:
             for turn in reversed(group.turns) if adjoint else group.turns:
-                h = _adjoint_step(p, group, h, turn) if adjoint else group.step(h, turn)[2]
+                h = _adjoint_step(p, group, h, turn) if adjoint else group.step(h, turn)[1]
             total = total + group.delta
         return h, total
 
@@ -404,8 +423,8 @@ def combine(p: Program, segments: int, adjoint: bool) -> None:
 class Trail(NamedTuple):
     """What the recomputation of one token leaves for its gradients."""
 
-    decays: State
-    before: State  # the state before the token, or with ``Walk.early`` its product with the decays
+    decays: State | None
+    before: State
     after: State | None
     y: Vectors | None  # a lane's part of the ungated output, a channel each
     dC: Vectors | None  # a lane's sum over quads, a set each
@@ -426,7 +445,7 @@ def backward(p: Program) -> None:
         part = Tokens(p, index, False)
         for group in part.groups(part.read(("u", "delta", "B"))):
             for turn in group.turns:
-                h = group.step(h, turn)[2]
+                h = group.step(h, turn)[1]
         return h
 
     def body(part: Tokens, data: tuple[State, Data], carry: tuple) -> tuple:
@@ -445,19 +464,19 @@ def backward(p: Program) -> None:
 
 def _part_gradients(p: Program, part: Tokens, data: Data, h: State, carry: tuple) -> tuple:
     """Writes the gradients of a part's tokens, given the state before it; carries (g, dA, dD, dbias)."""
-    trails = []
-    for group in part.groups(data):
+    trails, groups = [], part.groups(data)
+    for group in groups:
         dout, _ = group.gated()
         trail = []
         for turn in group.turns:
-            decays, kept, after = group.step(h, turn)
+            decays, after = group.step(h, turn)
             y, dC = _of_state(p, group, after, dout, turn) if p.walk.early else (None, None)
-            early = p.walk.early
-            trail.append(Trail(decays, kept if early else h, None if early else after, y, dC))
+            kept = decays if group.first + turn >= part.count - p.walk.kept else None
+            trail.append(Trail(kept, h, None if p.walk.early else after, y, dC))
             h = after
         trails.append(trail)
-    for group in reversed(part.groups(data)):
-        carry = _group_gradients(p, group, trails.pop(), carry)
+    for group in reversed(groups):
+        carry = _group_gradients(p, group.again(), trails.pop(), carry)
     return carry
 
 
@@ -504,8 +523,9 @@ def _state_gradients(
     douts, deltas = group.spread(dout, turn), group.spread(group.delta, turn)
     drives = group.spread(group.drive, turn)
     G = [[fma(x, c, y) for c, y in zip(C, ys)] for x, ys in zip(douts, g)]
-    g = [[d * x for d, x in zip(*pair)] for pair in zip(trail.decays, G)]
-    dstates = [[x * y for x, y in zip(*pair)] for pair in zip(G if p.walk.early else g, trail.before)]
+    decays = p.decays_again(deltas) if trail.decays is None else trail.decays
+    g = [[d * x for d, x in zip(*pair)] for pair in zip(decays, G)]
+    dstates = [[x * y for x, y in zip(*pair)] for pair in zip(g, trail.before)]
     dA = [[fma(x, delta, y) for x, y in zip(*pair)] for delta, pair in zip(deltas, zip(dstates, dA))]
     ddecay = [dot(p, *pair) for pair in zip(dstates, p.A)]
     return g, dA, [dot(p, xs, B) for xs in G], ddecay, p.over_quads(over_channels(p, G, drives))

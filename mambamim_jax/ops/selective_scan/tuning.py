@@ -21,6 +21,8 @@ class Launch(NamedTuple):
     part: int = 4  # tokens unrolled in the backward pass, their states in registers; divides the chunk
     ahead: bool = True  # forward: read a chunk while the one before it is worked on
     backward_ahead: bool = True  # backward: read a part while the one before it is worked on
+    kept: int = 4  # backward: tokens of a part, the last ones, whose decays stay in registers too
+    again: bool = False  # backward: exchange a second time instead of keeping what was exchanged
     early: bool = False  # backward: use the state after a token as soon as it is recomputed
 
 
