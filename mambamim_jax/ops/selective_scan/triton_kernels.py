@@ -231,8 +231,11 @@ class Tokens:
         p = self.program
         walk, width = p.walk, p.refs["A"].shape[1]
         turn = -p.turn if walk.reverse else p.turn
-        inside = self.time(i) + p.turn < walk.length if self.tail else None
-        return self.at(i) * width + (turn * width + p.channel), inside
+        at = self.at(i) * width + (turn * width + p.channel)
+        if not self.tail:
+            return at, None
+        inside = self.time(i) + p.turn < walk.length
+        return jnp.where(inside, at, walk.length * width + p.lane), inside  # no two lanes at one place
 
     def inside(self, i: int) -> Array | None:
         """Whether token i is inside the sequence, for all lanes; None for yes."""

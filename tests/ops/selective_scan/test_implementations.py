@@ -31,7 +31,7 @@ CASES = [
     (shape, reverse) for shape in shapes.SCAN for reverse in (False, True) if not reverse or shape[3] < 16
 ]
 # Two tokens a chunk keep the interpreted programs small; segments of eight tokens, so that lengths are split.
-LAUNCH = tuning.Launch(2, 2, warps=1, backward_warps=1, fill=16, shortest=8, part=2, kept=1)
+LAUNCH = tuning.Launch(2, 2, warps=1, backward_warps=1, fill=16, shortest=8, part=2)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
