@@ -31,26 +31,27 @@ from previous_scan import triton as previous  # noqa: E402
 from previous_scan.tuning import TUNED as PREVIOUS  # noqa: E402
 
 FILL = 132 * 12
-BASE = Launch(8, 8, 1, 1, FILL, 48, channels=2, part=8, ahead=False, backward_ahead=False, kept=1, again=True, early=False)
+BASE = Launch(8, 8, 1, 1, FILL, 48)
 CANDIDATES = {
     "2ch T8": BASE,
     "2ch T4 kept ahead": BASE._replace(chunk=4, part=4, kept=4, again=False, ahead=True, backward_ahead=True),
     "2ch T4 kept": BASE._replace(chunk=4, part=4, kept=4, again=False),
     "2ch T4": BASE._replace(chunk=4, part=4),
     "2ch T6": BASE._replace(chunk=6, part=6),
+    "2ch T6 joined": BASE._replace(chunk=6, part=6, joined=True, backward_warps=4),
+    "2ch T4 joined": BASE._replace(chunk=4, part=4, joined=True, backward_warps=4),
+    "2ch T8 joined": BASE._replace(joined=True, backward_warps=4),
     "2ch T8 walked": BASE._replace(part=4, kept=4, again=False),
     "4ch T2 early": BASE._replace(channels=4, chunk=2, part=2, kept=2, again=False, early=True),
-    "4ch T3": BASE._replace(channels=4, chunk=3, part=3, early=True),
     "4ch T4": BASE._replace(channels=4, chunk=4, part=4),
 }
 FORWARDS = {
-    f"{channels}ch T{chunk}{' ahead' * ahead}{f' {warps}w' if warps > 1 else ''}": BASE._replace(
-        channels=channels, inference_chunk=chunk, ahead=ahead, warps=warps
+    f"forward {channels}ch T{chunk}{' ahead' * ahead}": BASE._replace(
+        channels=channels, inference_chunk=chunk, ahead=ahead
     )
     for channels in (2, 4)
     for chunk in (4, 8)
     for ahead in (False, True)
-    for warps in (1,)
 }
 START = time.time()
 
@@ -120,7 +121,7 @@ def compare(names, b, l, mode, rounds=5, width=768) -> dict[str, float]:
     """Prints errors and medians, the sides alternately; returns the medians of those that are right."""
     arrays = make_inputs(b, l, width, 16, "float32")[:8]
     iterations = max(3, min(200, 300_000_000 // (b * l * width)))
-    with concurrent.futures.ThreadPoolExecutor(12) as threads:
+    with concurrent.futures.ThreadPoolExecutor(14) as threads:
         building = {name: threads.submit(looped, step(name, mode), arrays, iterations) for name in names}
     runs = {}
     for name, future in building.items():

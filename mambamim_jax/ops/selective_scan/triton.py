@@ -90,7 +90,7 @@ def backward(
     e, states = f.u.shape[2], f.A.shape[1]
     dy, dlast = _widen(dy, e), _pad(dlast.mT, (states, e))
     walk, segments = _walk(f, launch, True, True, reverse)
-    lanes = _programs(f, walk) * walk.block
+    lanes = _programs(f, walk) * (LANES if walk.joined else walk.block)
     outputs = {
         "du": _flat(f.u),
         "ddelta": _flat(f.delta),
@@ -179,6 +179,7 @@ def _walk(
         early=launch.early,
         kept=launch.kept,
         again=launch.again,
+        joined=launch.joined and launch.backward_warps > 1,
         reverse=reverse,
         interpret=_interpret,
     )

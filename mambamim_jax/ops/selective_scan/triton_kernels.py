@@ -47,6 +47,7 @@ class Walk(NamedTuple):
     early: bool  # backward: what needs the state after a token while recomputing it, not later
     kept: int  # backward: tokens, the last ones of a part, whose decays stay in registers too
     again: bool  # backward: exchange a second time instead of keeping what was exchanged
+    joined: bool  # backward: sum dB and dC over a program's warps in the kernel
     reverse: bool  # time runs from the last token to the first
     interpret: bool  # run by the Pallas interpreter, which knows no inline assembly
 
@@ -159,13 +160,16 @@ class Program:
         sets = [values[i : i + QUAD] for i in range(0, len(values), QUAD)]
         return [sum((self.math.exchange(x, QUAD * i) for i, x in enumerate(x) if i), x[0]) for x in sets]
 
-    def put_sums(self, at: Array, dB: Vectors, dC: Vectors, mask: Array | None) -> None:
-        """Stores a token's gradients of B and C, a warp's sums after `over_quads`, into ``dBC`` (b, l, sets lanes)."""
+    def put_sums(self, tokens: Tokens, i: int, dB: Vectors, dC: Vectors) -> None:
+        """Stores token i's gradients of B and C, sums after `over_quads`, into ``dBC`` (b, l, sets lanes)."""
         ref, upper, bit = self.refs["dBC"], (self.lane & SET) != 0, SET
-        for i, (b, c) in enumerate(zip(dB, dC)):
-            cols = pl.ds(i * (ref.shape[2] // len(dB)) + self.block * self.walk.block, self.walk.block)
+        width = LANES if self.walk.joined else self.walk.block
+        for s, (b, c) in enumerate(zip(dB, dC)):
             total = jnp.where(upper, c, b) + self.math.exchange(jnp.where(upper, b, c), bit)
-            pltriton.store(ref.at[self.sample, at, cols], total, mask=mask)
+            if self.walk.joined:
+                total = jnp.sum(total.reshape(-1, LANES), axis=0)
+            cols = pl.ds(s * (ref.shape[2] // len(dB)) + self.block * width, width)
+            pltriton.store(ref.at[self.sample, tokens.at(i), cols], total, mask=tokens.inside(i, width))
 
     def fold(self, body: Any, carry: Any, read: Any, backwards: bool = False) -> Any:
         """Folds ``body(part, data, carry)`` over the segment's parts, with ``data = read(part)``."""
@@ -237,10 +241,9 @@ class Tokens:
         inside = self.time(i) + p.turn < walk.length
         return jnp.where(inside, at, walk.length * width + p.lane), inside  # no two lanes at one place
 
-    def inside(self, i: int) -> Array | None:
-        """Whether token i is inside the sequence, for all lanes; None for yes."""
-        walk = self.program.walk
-        return jnp.broadcast_to(self.time(i) < walk.length, (walk.block,)) if self.tail else None
+    def inside(self, i: int, width: int) -> Array | None:
+        """Whether token i is inside the sequence, for all of ``width`` values; None for yes."""
+        return jnp.broadcast_to(self.time(i) < self.program.walk.length, (width,)) if self.tail else None
 
     def read(self, names: tuple[str, ...]) -> Data:
         """Reads the named arrays, of those that were given: a vector a group, or of B and C one a token and set."""
@@ -257,7 +260,7 @@ class Tokens:
         return pltriton.load(ref.at[self.program.sample, at], mask=inside, other=None if inside is None else 0.0)
 
     def _shared(self, ref: Any, i: int) -> Vectors:
-        p, mask = self.program, self.inside(i)
+        p, mask = self.program, self.inside(i, self.program.walk.block)
         n = p.refs["A"].shape[0]
         ats = [self.at(i) * n + (s + p.lane % SET) for s in range(0, n, SET)]
         other = None if mask is None else 0.0
@@ -499,8 +502,7 @@ def _group_gradients(p: Program, group: Group, trail: list[Trail], carry: tuple)
         last = trail.pop()
         y, dC = (last.y, last.dC) if last.after is None else _of_state(p, group, last.after, dout, turn)
         g, dA, dinput, ddecay, dB = _state_gradients(p, group, last, dout, turn, g, dA)
-        tokens, i = group.tokens, group.first + turn
-        p.put_sums(tokens.at(i), dB, dC, tokens.inside(i))
+        p.put_sums(group.tokens, group.first + turn, dB, dC)
         ys.insert(0, y)
         inputs.insert(0, dinput)
         steps.insert(0, ddecay)

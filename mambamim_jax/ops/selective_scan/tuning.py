@@ -23,6 +23,7 @@ class Launch(NamedTuple):
     backward_ahead: bool = False  # backward: read a part while the one before it is worked on
     kept: int = 1  # backward: tokens of a part, the last ones, whose decays stay in registers too
     again: bool = True  # backward: exchange a second time instead of keeping what was exchanged
+    joined: bool = False  # backward: sum dB and dC over a program's warps in the kernel
     early: bool = False  # backward: use the state after a token as soon as it is recomputed
 
 
