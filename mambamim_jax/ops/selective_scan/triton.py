@@ -193,7 +193,11 @@ def _programs(f: ScanInputs, walk: kernels.Walk) -> int:
 
 def _arrays(f: ScanInputs) -> dict[str, Array | None]:
     """The inputs by the kernels' names, A as (n, e), arrays of tokens with one after the other (b, l e), (b, l n)."""
-    flat = {k: x.reshape(x.shape[0], -1) for k in "u delta z B C".split() if (x := getattr(f, k)) is not None}
+    flat = {
+        k: x.reshape(x.shape[0], -1)
+        for k in ["u", "delta", "z", "B", "C"]
+        if (x := getattr(f, k)) is not None
+    }
     return {**flat, "D": f.D, "delta_bias": f.delta_bias, "A": f.A.astype(jnp.float32).mT}
 
 
@@ -214,7 +218,9 @@ def _entries(
         return None if edge is None else edge[None]
     b, e, n, adjoint = f.u.shape[0], f.u.shape[2], f.A.shape[1], dy is not None
     arrays = _arrays(f)
-    given = {k: arrays.get(k) for k in ("delta", "A", "delta_bias", "u", *(("z", "C") if adjoint else ("B",)))}
+    given = {
+        k: arrays.get(k) for k in ("delta", "A", "delta_bias", "u", *(("z", "C") if adjoint else ("B",)))
+    }
     found = _launch(
         functools.partial(kernels.ends, adjoint=adjoint),
         "ends",

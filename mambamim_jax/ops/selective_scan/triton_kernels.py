@@ -76,7 +76,9 @@ class Program:
         self.bias, self.D = self._vector("delta_bias"), self._vector("D")
 
     def _vector(self, name: str) -> Array | None:
-        return pltriton.load(self.refs[name].at[self.channel]).astype(jnp.float32) if name in self.refs else None
+        return (
+            pltriton.load(self.refs[name].at[self.channel]).astype(jnp.float32) if name in self.refs else None
+        )
 
     def _places(self) -> list[list[tuple[Array, Array]]]:
         """(state, channel) for each channel and state of the lanes."""
@@ -98,7 +100,9 @@ class Program:
 
     def state(self, name: str) -> State:
         """This program's part of a state per segment (segments, b, n, e); zeros where it was not given."""
-        return self._natural(self.refs[name], self.segment, self.sample) if name in self.refs else self.nothing()
+        return (
+            self._natural(self.refs[name], self.segment, self.sample) if name in self.refs else self.nothing()
+        )
 
     def put_state(self, name: str, value: State, segment: Array | None = None) -> None:
         """Stores into a state per segment."""
@@ -257,7 +261,9 @@ class Tokens:
 
     def _own(self, ref: Any, i: int) -> Array:
         at, inside = self.own(i)
-        return pltriton.load(ref.at[self.program.sample, at], mask=inside, other=None if inside is None else 0.0)
+        return pltriton.load(
+            ref.at[self.program.sample, at], mask=inside, other=None if inside is None else 0.0
+        )
 
     def _shared(self, ref: Any, i: int) -> Vectors:
         p, mask = self.program, self.inside(i, self.program.walk.block)
@@ -486,7 +492,9 @@ def _part_gradients(p: Program, part: Tokens, data: Data, h: State, carry: tuple
     return carry
 
 
-def _of_state(p: Program, group: Group, after: State, dout: Array, turn: int) -> tuple[Vectors | None, Vectors]:
+def _of_state(
+    p: Program, group: Group, after: State, dout: Array, turn: int
+) -> tuple[Vectors | None, Vectors]:
     """A lane's part of the ungated output, and the sums for C's gradient, from the state after a token."""
     C = group.shared("C", turn)
     y = [dot(p, xs, C) for xs in after] if "z" in group.data else None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """How the kernels are cut up. A program is a few warps of one sample and segment; a quad is four lanes of a warp."""
+    """How the kernels are cut up. A program is a few warps of one sample and segment; four lanes are a quad."""
 
     inference_chunk: int  # tokens unrolled where no states are saved
     chunk: int  # tokens between two saved states, unrolled in the kernels
