@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton as pltriton
 from mambamim_jax.ops.selective_scan import triton_kernels as kernels
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
 from mambamim_jax.ops.selective_scan.triton_math import LANES
+from mambamim_jax.ops.selective_scan.triton_program import QUAD, SET, Program, Walk
 from mambamim_jax.ops.selective_scan.tuning import Launch, launch_for
 from mambamim_jax.types import Array
 
@@ -57,16 +58,16 @@ def refusal(inputs: ScanInputs, platform: str, capability: str) -> str | None:
 def forward(
     inputs: ScanInputs, reverse: bool, save: bool, launch: Launch | None = None
 ) -> tuple[Array, Array, Array | None]:
-    """`reference.scan`; saves the state before every chunk (b, chunks, n, e)."""
+    """`reference.scan`; with ``save`` also the state before every chunk (b, chunks, vectors of a lane, lanes)."""
     launch = launch or _default_launch()
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
-    f = _padded(inputs, launch)
-    walk, segments = _walk(f, launch, save, False, reverse)
+    f = _padded(inputs, launch, save)
+    walk, segments = _walk(f, launch, save, launch.warps, reverse)
     e, states = f.u.shape[2], f.A.shape[1]
     outputs = {"y": _flat(f.u), "last": _float(segments, b, states, e)}
     if save:
-        vectors = states // kernels.QUAD * walk.channels
-        outputs["saved"] = _float(b, -(-length // launch.chunk), vectors, e * kernels.QUAD // walk.channels)
+        vectors, lanes = states // QUAD * walk.channels, _programs(f, walk) * walk.block
+        outputs["saved"] = _float(b, -(-length // walk.chunk), vectors, lanes)
     first = None if f.initial_state is None else f.initial_state.astype(jnp.float32).mT
     entries = _entries(f, None, first, walk, segments)
     out = _launch(
@@ -86,15 +87,15 @@ def backward(
     """Gradients; sums over samples, segments and warps are left to XLA, so that no atomics are needed."""
     launch = launch or _default_launch()
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
-    f = _padded(inputs, launch)
+    f = _padded(inputs, launch, True)
     e, states = f.u.shape[2], f.A.shape[1]
     dy, dlast = _widen(dy, e), _pad(dlast.mT, (states, e))
-    walk, segments = _walk(f, launch, True, True, reverse)
-    lanes = _programs(f, walk) * (LANES if walk.joined else walk.block)
+    walk, segments = _walk(f, launch, True, launch.backward_warps, reverse)
+    lanes = _programs(f, walk) * walk.block
     outputs = {
         "du": _flat(f.u),
         "ddelta": _flat(f.delta),
-        "dBC": _float(b, length, states // kernels.SET * lanes),
+        "dBC": _float(b, length, states // SET * lanes),
         "dA": _float(segments, b, states, e),
         "dfirst": _float(segments, b, states, e),
         "dbias": _float(segments, b, e),
@@ -129,11 +130,15 @@ def _default_launch() -> Launch:
     return launch_for((major, minor))
 
 
-def _padded(inputs: ScanInputs, launch: Launch) -> ScanInputs:
-    """Inputs with e padded to whole programs and n to whole sets; what is padded has u = 0, B = 0 and stays zero."""
+def _padded(inputs: ScanInputs, launch: Launch, save: bool) -> ScanInputs:
+    """Inputs with e padded to whole programs and n to whole sets; what is padded has u = 0, B = 0 and stays zero.
+
+    Where states are saved, e is padded to programs of the backward pass too.
+    """
     e, n = inputs.A.shape
-    block = LANES // kernels.QUAD * launch.channels * max(launch.warps, launch.backward_warps)
-    e, n = -(-e // block) * block, -(-n // kernels.SET) * kernels.SET
+    warps = max(launch.warps, launch.backward_warps) if save else launch.warps
+    block = LANES // QUAD * (launch.channels if save else launch.inference_channels) * warps
+    e, n = -(-e // block) * block, -(-n // SET) * SET
     if (e, n) == inputs.A.shape:
         return inputs
     wide = {k: _widen(getattr(inputs, k), e) for k in ("u", "delta", "z", "D", "delta_bias")}
@@ -158,37 +163,39 @@ def _pad(x: Array, sizes: tuple[int, ...]) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - len(sizes)) + more)
 
 
-def _walk(
-    f: ScanInputs, launch: Launch, save: bool, backward: bool, reverse: bool
-) -> tuple[kernels.Walk, int]:
-    """The launch's static facts, and into how many segments the length is cut so that it fills the card."""
+def _walk(f: ScanInputs, launch: Launch, save: bool, warps: int, reverse: bool) -> tuple[Walk, int]:
+    """The launch's static facts, and into how many segments the length is cut so that it fills the card.
+
+    Raises: ValueError for channels or a chunk that no kernel takes.
+    """
     b, length, e = f.u.shape
-    chunk = launch.chunk if save else launch.inference_chunk
-    part = launch.part if backward else chunk
-    chunks, warp = -(-length // chunk), LANES // kernels.QUAD * launch.channels
+    chunk, channels = (
+        (launch.chunk, launch.channels) if save else (launch.inference_chunk, launch.inference_channels)
+    )
+    if channels not in (1, 2, 4):
+        raise ValueError(f"found {channels} channels a quad, expected 1, 2 or 4")
+    if chunk < 1 or chunk % (QUAD // channels):
+        raise ValueError(
+            f"found a chunk of {chunk} tokens, expected a multiple of {QUAD // channels} at {channels} channels a quad"
+        )
+    chunks, warp = -(-length // chunk), LANES // QUAD * channels
     wanted = min(launch.fill * warp // (b * e), length // launch.shortest)
     per_segment = -(-chunks // max(wanted, 1))
-    walk = kernels.Walk(
+    walk = Walk(
         length=length,
         chunk=chunk,
-        part=part,
-        channels=launch.channels,
-        block=LANES * (launch.backward_warps if backward else launch.warps),
-        per_segment=per_segment * (chunk // part),
-        ahead=launch.backward_ahead if backward else launch.ahead,
-        early=launch.early,
-        kept=launch.kept,
-        again=launch.again,
-        joined=launch.joined and launch.backward_warps > 1,
+        channels=channels,
+        block=LANES * warps,
+        per_segment=per_segment,
         reverse=reverse,
         interpret=_interpret,
     )
     return walk, -(-chunks // per_segment)
 
 
-def _programs(f: ScanInputs, walk: kernels.Walk) -> int:
+def _programs(f: ScanInputs, walk: Walk) -> int:
     """Programs over the channels."""
-    return f.u.shape[2] // (walk.block // kernels.QUAD * walk.channels)
+    return f.u.shape[2] // (walk.block // QUAD * walk.channels)
 
 
 def _arrays(f: ScanInputs) -> dict[str, Array | None]:
@@ -210,9 +217,7 @@ def _float(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _entries(
-    f: ScanInputs, dy: Array | None, edge: Array | None, walk: kernels.Walk, segments: int
-) -> Array | None:
+def _entries(f: ScanInputs, dy: Array | None, edge: Array | None, walk: Walk, segments: int) -> Array | None:
     """The state, or with ``dy`` its gradient, that enters each segment (segments, b, n, e)."""
     if segments == 1:
         return None if edge is None else edge[None]
@@ -241,9 +246,9 @@ def _entries(
 
 
 def _launch(
-    body: Callable[[kernels.Program], None],
+    body: Callable[[Program], None],
     name: str,
-    walk: kernels.Walk,
+    walk: Walk,
     grid: tuple[int, int, int],
     inputs: dict[str, Array | None],
     outputs: dict[str, jax.ShapeDtypeStruct],
@@ -252,7 +257,7 @@ def _launch(
     given = {key: value for key, value in inputs.items() if value is not None}
 
     def kernel(*refs: Any) -> None:
-        body(kernels.Program(dict(zip((*given, *outputs), refs)), walk))
+        body(Program(dict(zip((*given, *outputs), refs)), walk))
 
     call = pl.pallas_call(
         kernel,

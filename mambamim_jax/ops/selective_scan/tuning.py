@@ -1,6 +1,6 @@
 """Launch sizes of the GPU kernels, one small table keyed by compute capability.
 
-`launch/bench.py scan --sweep` prints the times from which the rows were chosen.
+`launch/bench.py scan --sweep` prints the times from which the rows are chosen.
 """
 
 from __future__ import annotations
@@ -9,28 +9,25 @@ from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """How the kernels are cut up. A program is a few warps of one sample and segment; four lanes are a quad."""
+    """How the kernels are cut up. A program is a few warps of one sample and segment; four lanes are a quad.
+
+    Channels of a quad are 1, 2 or 4, chunks multiples of 4 / channels.
+    """
 
     inference_chunk: int  # tokens unrolled where no states are saved
+    inference_channels: int  # channels of a quad there
     chunk: int  # tokens between two saved states, unrolled in the kernels
+    channels: int  # channels of a quad where states are saved, and in the backward pass
     warps: int  # warps of a forward program
     backward_warps: int  # warps of a backward program
     fill: int  # warps that fill the card; where a launch has fewer, the length is split into segments
     shortest: int  # tokens below which a segment is not split further
-    channels: int = 2  # channels of a quad: 1, 2 or 4; chunks and parts are multiples of 4 / channels
-    part: int = 8  # tokens unrolled in the backward pass, their states in registers; divides the chunk
-    ahead: bool = False  # forward: read a chunk while the one before it is worked on
-    backward_ahead: bool = False  # backward: read a part while the one before it is worked on
-    kept: int = 1  # backward: tokens of a part, the last ones, whose decays stay in registers too
-    again: bool = True  # backward: exchange a second time instead of keeping what was exchanged
-    joined: bool = False  # backward: sum dB and dC over a program's warps in the kernel
-    early: bool = False  # backward: use the state after a token as soon as it is recomputed
 
 
-# (9, 0) is compiled to 168 registers without spills; none of these is measured.
+# The row of (8, 0) is that of (9, 0) with its own fill, not measured.
 TUNED = {
-    (8, 0): Launch(8, 8, 1, 1, 108 * 12, 48),
-    (9, 0): Launch(8, 8, 1, 1, 132 * 12, 48),
+    (8, 0): Launch(8, 4, 4, 2, 1, 2, 108 * 12, 48),
+    (9, 0): Launch(8, 4, 4, 2, 1, 2, 132 * 12, 48),
 }
 
 
