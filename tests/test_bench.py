@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mambamim_jax.bench import loader, predict, profile, step, toki
+from mambamim_jax.bench import loader, predict, profile, scan, step, toki
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.checks import ConfigError
+from mambamim_jax.ops.selective_scan import triton, tuning
 from tests.data import ct_files
 
 HLO = """
@@ -135,3 +136,14 @@ def test_prediction_alone_has_its_windows_and_compares_results(tmp_path, monkeyp
     assert found.shape == (16, 16, 24, 3)
     assert "at most 0.0e+00" in predict._agreement(found, found)
     assert "labels equal: 100.0000%" in predict._agreement(found, found)
+
+
+@pytest.mark.parametrize("mode", scan.NEEDS)
+@pytest.mark.parametrize("b", [1, 64], ids=["segmented", "whole"])
+def test_the_sweep_of_the_scan_tries_what_its_kernels_take(mode, b):
+    base, inputs = tuning.TUNED[9, 0], scan.make_inputs(b, 6, 768, 16, "float32")
+    launches = scan.sweep_launches(base, b * 768, mode)
+    assert base in launches
+    assert len(set(launches)) == len(launches) > 2
+    for launch in launches:
+        triton._walk(inputs, launch, mode != "forward", launch.warps, False)  # raises for a wrong one

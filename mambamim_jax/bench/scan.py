@@ -211,20 +211,25 @@ def sweep(b: int, l: int, options: argparse.Namespace) -> list[list[str]]:
     rows = []
     for mode in NEEDS:
         sides: dict[str, Run] = {}
-        for launch in sweep_launches(base, b * options.width // 32, mode):
+        for launch in sweep_launches(base, b * options.width, mode):
             sides[str(tuple(launch))] = ours(inputs, mode, iterations, "pallas_triton", launch)[0]
         for name, (seconds, _) in sorted(alternate(sides, 5).items(), key=lambda item: item[1]):
             rows.append([f"{b}, {l}", mode, name, f"{seconds * 1e6:.1f}"])
     return rows
 
 
-def sweep_launches(base: tuning.Launch, warps: int, mode: str) -> list[tuning.Launch]:
-    """The launches worth trying where ``warps`` walk the whole length."""
-    if warps < base.fill // 2:
+def sweep_launches(base: tuning.Launch, channels: int, mode: str) -> list[tuning.Launch]:
+    """The launches worth trying for so many channels, those of all samples together."""
+    inference = mode == "forward"
+    quads = channels // (base.inference_channels if inference else base.channels)
+    if quads // 8 < base.fill // 2:
         return [base._replace(fill=int(base.fill * scale)) for scale in (0.5, 1, 2)]
-    if mode == "forward":
-        return [base._replace(inference_chunk=chunk, warps=w) for chunk in (4, 8) for w in (1, 2)]
-    return [base._replace(chunk=chunk, backward_warps=w) for chunk in (2, 3, 4) for w in (1, 4)]
+    if inference:
+        sizes = [(chunk, k) for k in (2, 4) for chunk in (4, 8)]
+        return [base._replace(inference_chunk=chunk, inference_channels=k) for chunk, k in sizes]
+    together = 4 // base.channels
+    chunks = [chunk for chunk in (2, 4, 6) if chunk % together == 0]
+    return [base._replace(chunk=chunk, backward_warps=w) for chunk in chunks for w in (1, 2, 4)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

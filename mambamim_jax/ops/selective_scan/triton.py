@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton as pltriton
 from mambamim_jax.ops.selective_scan import triton_kernels as kernels
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
 from mambamim_jax.ops.selective_scan.triton_math import LANES
+from mambamim_jax.ops.selective_scan.triton_program import QUAD, SET, Program, Walk
 from mambamim_jax.ops.selective_scan.tuning import Launch, launch_for
 from mambamim_jax.types import Array
 
@@ -57,26 +58,27 @@ def refusal(inputs: ScanInputs, platform: str, capability: str) -> str | None:
 def forward(
     inputs: ScanInputs, reverse: bool, save: bool, launch: Launch | None = None
 ) -> tuple[Array, Array, Array | None]:
-    """`reference.scan`; saves the state before every chunk (b, chunks, n, e)."""
+    """`reference.scan`; with ``save`` also the state before every chunk (b, chunks, vectors of a lane, lanes)."""
     launch = launch or _default_launch()
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
-    f = _padded(inputs, launch)
-    walk, segments = _walk(f, launch, launch.warps, launch.chunk if save else launch.inference_chunk, reverse)
-    e = f.u.shape[2]
-    outputs = {"y": jax.ShapeDtypeStruct(f.u.shape, f.u.dtype), "last": _float(segments, b, n, e)}
+    f = _padded(inputs, launch, save)
+    walk, segments = _walk(f, launch, save, launch.warps, reverse)
+    e, states = f.u.shape[2], f.A.shape[1]
+    outputs = {"y": _flat(f.u), "last": _float(segments, b, states, e)}
     if save:
-        outputs["saved"] = _float(b, -(-length // launch.chunk), n, e)
+        vectors, lanes = states // QUAD * walk.channels, _programs(f, walk) * walk.block
+        outputs["saved"] = _float(b, -(-length // walk.chunk), vectors, lanes)
     first = None if f.initial_state is None else f.initial_state.astype(jnp.float32).mT
     entries = _entries(f, None, first, walk, segments)
     out = _launch(
         kernels.forward,
         "forward",
         walk,
-        (e // walk.block, b, segments),
+        (_programs(f, walk), b, segments),
         {**_arrays(f), "first": entries},
         outputs,
     )
-    return out["y"][..., :width], out["last"][-1, :, :, :width].mT, out.get("saved")
+    return out["y"].reshape(f.u.shape)[..., :width], out["last"][-1, :, :n, :width].mT, out.get("saved")
 
 
 def backward(
@@ -85,38 +87,39 @@ def backward(
     """Gradients; sums over samples, segments and warps are left to XLA, so that no atomics are needed."""
     launch = launch or _default_launch()
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
-    f = _padded(inputs, launch)
-    e = f.u.shape[2]
-    dy, dlast = _widen(dy, e), _widen(dlast.mT, e)
-    walk, segments = _walk(f, launch, launch.backward_warps, launch.chunk, reverse)
-    groups = -(-2 * n // LANES)
+    f = _padded(inputs, launch, True)
+    e, states = f.u.shape[2], f.A.shape[1]
+    dy, dlast = _widen(dy, e), _pad(dlast.mT, (states, e))
+    walk, segments = _walk(f, launch, True, launch.backward_warps, reverse)
+    lanes = _programs(f, walk) * walk.block
     outputs = {
-        "du": jax.ShapeDtypeStruct(f.u.shape, f.u.dtype),
-        "ddelta": jax.ShapeDtypeStruct(f.u.shape, f.delta.dtype),
-        "dBC": _float(b, length, groups * e),
-        "dA": _float(segments, b, n, e),
-        "dfirst": _float(segments, b, n, e),
+        "du": _flat(f.u),
+        "ddelta": _flat(f.delta),
+        "dBC": _float(b, length, states // SET * lanes),
+        "dA": _float(segments, b, states, e),
+        "dfirst": _float(segments, b, states, e),
         "dbias": _float(segments, b, e),
     }
     if f.z is not None:
-        outputs["dz"] = jax.ShapeDtypeStruct(f.u.shape, f.z.dtype)
+        outputs["dz"] = _flat(f.z)
     if f.D is not None:
         outputs["dD"] = _float(segments, b, e)
     entries = _entries(f, dy, dlast, walk, segments)
-    given = {**_arrays(f), "dy": dy, "saved": saved, "dlast": entries}
-    out = _launch(kernels.backward, "backward", walk, (e // walk.block, b, segments), given, outputs)
-    dBC = jnp.sum(out["dBC"].reshape(b, length, groups, -1, LANES), axis=3)
-    dBC = dBC.reshape(b, length, groups * LANES)
+    given = {**_arrays(f), "dy": dy.reshape(b, -1), "saved": saved, "dlast": entries}
+    out = _launch(kernels.backward, "backward", walk, (_programs(f, walk), b, segments), given, outputs)
+    wide = {k: out[k].reshape(f.u.shape)[..., :width] for k in ("du", "ddelta", "dz") if k in out}
+    sums = jnp.sum(out["dBC"].reshape(b, length, -1, lanes // LANES, LANES), axis=3)
+    dB, dC = (x.reshape(b, length, states)[..., :n] for x in jnp.split(sums, 2, axis=3))
     return ScanInputs(
-        u=out["du"][..., :width],
-        delta=out["ddelta"][..., :width],
-        A=jnp.sum(out["dA"], axis=(0, 1)).mT[:width],
-        B=dBC[..., :n],
-        C=dBC[..., n : 2 * n],
+        u=wide["du"],
+        delta=wide["ddelta"],
+        A=jnp.sum(out["dA"], axis=(0, 1)).mT[:width, :n],
+        B=dB,
+        C=dC,
         D=jnp.sum(out["dD"], axis=(0, 1))[:width] if "dD" in out else None,
-        z=out["dz"][..., :width] if "dz" in out else None,
+        z=wide.get("dz"),
         delta_bias=jnp.sum(out["dbias"], axis=(0, 1))[:width],
-        initial_state=out["dfirst"][0, :, :, :width].mT,
+        initial_state=out["dfirst"][0, :, :n, :width].mT,
     )
 
 
@@ -127,69 +130,115 @@ def _default_launch() -> Launch:
     return launch_for((major, minor))
 
 
-def _padded(inputs: ScanInputs, launch: Launch) -> ScanInputs:
-    """Inputs with e padded to whole programs; the padded channels have u = 0 and so stay zero."""
-    block = LANES * max(launch.warps, launch.backward_warps)
-    e = -(-inputs.u.shape[2] // block) * block
-    if e == inputs.u.shape[2]:
+def _padded(inputs: ScanInputs, launch: Launch, save: bool) -> ScanInputs:
+    """Inputs with e padded to whole programs and n to whole sets; what is padded has u = 0, B = 0 and stays zero.
+
+    Where states are saved, e is padded to programs of the backward pass too.
+    """
+    e, n = inputs.A.shape
+    warps = max(launch.warps, launch.backward_warps) if save else launch.warps
+    block = LANES // QUAD * (launch.channels if save else launch.inference_channels) * warps
+    e, n = -(-e // block) * block, -(-n // SET) * SET
+    if (e, n) == inputs.A.shape:
         return inputs
     wide = {k: _widen(getattr(inputs, k), e) for k in ("u", "delta", "z", "D", "delta_bias")}
     state = inputs.initial_state
     return inputs._replace(
         **wide,
-        A=_widen(inputs.A.mT, e).mT,
-        initial_state=None if state is None else _widen(state.mT, e).mT,
+        A=_pad(inputs.A, (e, n)),
+        B=_widen(inputs.B, n),
+        C=_widen(inputs.C, n),
+        initial_state=None if state is None else _pad(state, (e, n)),
     )
 
 
 def _widen(x: Array | None, e: int) -> Any:
     """Zeros after the last channel, the last axis."""
-    return x if x is None else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, e - x.shape[-1])])
+    return x if x is None else _pad(x, (e,))
 
 
-def _walk(f: ScanInputs, launch: Launch, warps: int, chunk: int, reverse: bool) -> tuple[kernels.Walk, int]:
-    """The launch's static facts, and into how many segments the length is cut so that it fills the card."""
+def _pad(x: Array, sizes: tuple[int, ...]) -> Array:
+    """Zeros up to these sizes of the last axes."""
+    more = [(0, size - found) for size, found in zip(sizes, x.shape[-len(sizes) :])]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - len(sizes)) + more)
+
+
+def _walk(f: ScanInputs, launch: Launch, save: bool, warps: int, reverse: bool) -> tuple[Walk, int]:
+    """The launch's static facts, and into how many segments the length is cut so that it fills the card.
+
+    Raises: ValueError for channels or a chunk that no kernel takes.
+    """
     b, length, e = f.u.shape
-    chunks = -(-length // chunk)
-    wanted = min(launch.fill * LANES // (b * e), length // launch.shortest)
+    chunk, channels = (
+        (launch.chunk, launch.channels) if save else (launch.inference_chunk, launch.inference_channels)
+    )
+    if channels not in (1, 2, 4):
+        raise ValueError(f"found {channels} channels a quad, expected 1, 2 or 4")
+    if chunk < 1 or chunk % (QUAD // channels):
+        raise ValueError(
+            f"found a chunk of {chunk} tokens, expected a multiple of {QUAD // channels} at {channels} channels a quad"
+        )
+    chunks, warp = -(-length // chunk), LANES // QUAD * channels
+    wanted = min(launch.fill * warp // (b * e), length // launch.shortest)
     per_segment = -(-chunks // max(wanted, 1))
-    walk = kernels.Walk(length, chunk, LANES * warps, per_segment, reverse, _interpret)
+    walk = Walk(
+        length=length,
+        chunk=chunk,
+        channels=channels,
+        block=LANES * warps,
+        per_segment=per_segment,
+        reverse=reverse,
+        interpret=_interpret,
+    )
     return walk, -(-chunks // per_segment)
 
 
+def _programs(f: ScanInputs, walk: Walk) -> int:
+    """Programs over the channels."""
+    return f.u.shape[2] // (walk.block // QUAD * walk.channels)
+
+
 def _arrays(f: ScanInputs) -> dict[str, Array | None]:
-    """The inputs by the kernels' names, A as (n, e), B and C with their tokens one after the other (b, l n)."""
-    named = {k: getattr(f, k) for k in ("u", "delta", "D", "z", "delta_bias")}
-    flat = {"B": f.B.reshape(f.B.shape[0], -1), "C": f.C.reshape(f.C.shape[0], -1)}
-    return {**named, **flat, "A": f.A.astype(jnp.float32).mT}
+    """The inputs by the kernels' names, A as (n, e), arrays of tokens with one after the other (b, l e), (b, l n)."""
+    flat = {
+        k: x.reshape(x.shape[0], -1)
+        for k in ["u", "delta", "z", "B", "C"]
+        if (x := getattr(f, k)) is not None
+    }
+    return {**flat, "D": f.D, "delta_bias": f.delta_bias, "A": f.A.astype(jnp.float32).mT}
+
+
+def _flat(x: Array) -> jax.ShapeDtypeStruct:
+    """The shape of an array of tokens as the kernels have it."""
+    return jax.ShapeDtypeStruct((x.shape[0], x.shape[1] * x.shape[2]), x.dtype)
 
 
 def _float(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _entries(
-    f: ScanInputs, dy: Array | None, edge: Array | None, walk: kernels.Walk, segments: int
-) -> Array | None:
+def _entries(f: ScanInputs, dy: Array | None, edge: Array | None, walk: Walk, segments: int) -> Array | None:
     """The state, or with ``dy`` its gradient, that enters each segment (segments, b, n, e)."""
     if segments == 1:
         return None if edge is None else edge[None]
     b, e, n, adjoint = f.u.shape[0], f.u.shape[2], f.A.shape[1], dy is not None
     arrays = _arrays(f)
-    given = {k: arrays[k] for k in ("delta", "A", "delta_bias", "u", *(("z", "C") if adjoint else ("B",)))}
+    given = {
+        k: arrays.get(k) for k in ("delta", "A", "delta_bias", "u", *(("z", "C") if adjoint else ("B",)))
+    }
     found = _launch(
         functools.partial(kernels.ends, adjoint=adjoint),
         "ends",
         walk,
-        (e // walk.block, b, segments),
-        {**given, "dy": dy},
+        (_programs(f, walk), b, segments),
+        {**given, "dy": None if dy is None else dy.reshape(b, -1)},
         {"end": _float(segments, b, n, e), "total": _float(segments, b, e)},
     )
     combined = _launch(
         functools.partial(kernels.combine, segments=segments, adjoint=adjoint),
         "combine",
         walk,
-        (e // walk.block, b, 1),
+        (_programs(f, walk), b, 1),
         {"A": arrays["A"], "first": None if edge is None else edge[None], **found},
         {"entry": _float(segments, b, n, e)},
     )
@@ -197,9 +246,9 @@ def _entries(
 
 
 def _launch(
-    body: Callable[[kernels.Program], None],
+    body: Callable[[Program], None],
     name: str,
-    walk: kernels.Walk,
+    walk: Walk,
     grid: tuple[int, int, int],
     inputs: dict[str, Array | None],
     outputs: dict[str, jax.ShapeDtypeStruct],
@@ -208,7 +257,7 @@ def _launch(
     given = {key: value for key, value in inputs.items() if value is not None}
 
     def kernel(*refs: Any) -> None:
-        body(kernels.Program(dict(zip((*given, *outputs), refs)), walk))
+        body(Program(dict(zip((*given, *outputs), refs)), walk))
 
     call = pl.pallas_call(
         kernel,

@@ -1,4 +1,4 @@
-"""Arithmetic of the GPU kernels on vectors with one channel a lane.
+"""Arithmetic of the GPU kernels on vectors with one element a lane.
 
 The Triton backend contracts no products into sums and has slow accurate versions of the elementary
 functions, so that a few one-instruction operations are spelt out here, with their equivalents for the
@@ -17,8 +17,6 @@ from mambamim_jax.types import Array
 
 LANES = 32
 LOG2E = math.log2(math.e)
-State = list[Array]
-"""n vectors (block,)."""
 
 
 class Math:
@@ -28,10 +26,11 @@ class Math:
         self.interpret = interpret
 
     def _asm(self, code: str, *args: Array) -> Array:
+        inputs = ["r" if arg.dtype == jnp.int32 else "f" for arg in args]
         (out,) = pltriton.elementwise_inline_asm(
             code,
             args=args,
-            constraints=",".join(["=f"] + ["f"] * len(args)),
+            constraints=",".join(["=f", *inputs]),
             pack=1,
             result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
         )
@@ -51,17 +50,19 @@ class Math:
             return x * y + z
         return self._asm("fma.rn.f32 $0, $1, $2, $3;", x, y, z)
 
-    def exchange(self, x: Array, bit: int) -> Array:
-        """The value of the lane whose number differs in this bit."""
+    def exchange(self, x: Array, bits: int) -> Array:
+        """The value of the lane whose number differs in these bits."""
+        if bits == 0:
+            return x
         if self.interpret:
-            return x.reshape(-1, 2, bit)[:, ::-1].reshape(x.shape)
-        return self._asm(f"shfl.sync.bfly.b32 $0, $1, {bit}, 0x1f, 0xffffffff;", x)
+            return x[jnp.arange(x.shape[0]) ^ bits]
+        return self._asm(f"shfl.sync.bfly.b32 $0, $1, {bits}, 0x1f, 0xffffffff;", x)
 
-    def broadcast(self, x: Array, lane: int) -> Array:
-        """One lane's value for all lanes of its warp."""
+    def of_quad(self, x: Array, lane: Array) -> Array:
+        """The value of another lane, 0 to 3, of the lane's four."""
         if self.interpret:
-            return jnp.repeat(x.reshape(-1, LANES)[:, lane], LANES)
-        return self._asm(f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1f, 0xffffffff;", x)
+            return x[(jnp.arange(x.shape[0]) & ~3) + lane]
+        return self._asm("shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;", x, lane)
 
     def sigmoid(self, x: Array) -> Array:
         """1 / (1 + e^-x)."""
@@ -75,15 +76,3 @@ class Math:
         for odd in (9, 7, 5, 3, 1):
             series = self.fma(series, square, jnp.full(x.shape, 2 / odd, jnp.float32))
         return self.fma(s, series, jnp.maximum(x, 0.0))
-
-    def lane_sums(self, values: State) -> Array:
-        """Sums each of 32 vectors over its warp's lanes; lane i gets the i-th sum.
-
-        Halves the list at each of five exchanges, so that 32 sums cost 31 of them instead of 160.
-        """
-        lane = jnp.arange(values[0].shape[0], dtype=jnp.int32)
-        for bit in (16, 8, 4, 2, 1):
-            upper = (lane & bit) != 0
-            pairs = list(zip(values[: len(values) // 2], values[len(values) // 2 :]))
-            values = [jnp.where(upper, b, a) + self.exchange(jnp.where(upper, a, b), bit) for a, b in pairs]
-        return values[0]

@@ -1,6 +1,6 @@
 """Launch sizes of the GPU kernels, one small table keyed by compute capability.
 
-`launch/bench.py scan --sweep` prints the times from which the rows were chosen.
+`launch/bench.py scan --sweep` prints the times from which the rows are chosen.
 """
 
 from __future__ import annotations
@@ -9,20 +9,25 @@ from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """How the kernels are cut up. A program is a few warps, one channel a lane, of one sample and segment."""
+    """How the kernels are cut up. A program is a few warps of one sample and segment; four lanes are a quad.
+
+    Channels of a quad are 1, 2 or 4, chunks multiples of 4 / channels.
+    """
 
     inference_chunk: int  # tokens unrolled where no states are saved
+    inference_channels: int  # channels of a quad there
     chunk: int  # tokens between two saved states, unrolled in the kernels
+    channels: int  # channels of a quad where states are saved, and in the backward pass
     warps: int  # warps of a forward program
     backward_warps: int  # warps of a backward program
     fill: int  # warps that fill the card; where a launch has fewer, the length is split into segments
     shortest: int  # tokens below which a segment is not split further
 
 
-# (9, 0) is measured on an H200; (8, 0) has only been lowered, never run, and takes over its chunks.
+# The row of (8, 0) is that of (9, 0) with its own fill, not measured.
 TUNED = {
-    (8, 0): Launch(8, 3, 1, 1, 108 * 12, 48),
-    (9, 0): Launch(8, 3, 1, 1, 132 * 12, 48),
+    (8, 0): Launch(8, 4, 4, 2, 1, 2, 108 * 12, 48),
+    (9, 0): Launch(8, 4, 4, 2, 1, 2, 132 * 12, 48),
 }
 
 

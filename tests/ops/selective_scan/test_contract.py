@@ -63,6 +63,15 @@ def test_launch_of_an_unlisted_card_is_the_older_row():
     assert tuning.launch_for((12, 0)) == tuning.TUNED[9, 0]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"), [({"chunk": 3}, "chunk of 3 .* multiple of 2"), ({"channels": 3}, "3 channels")]
+)
+def test_a_launch_that_no_kernel_takes_is_named(change, message):
+    inputs = random_inputs(SHAPE)
+    with pytest.raises(ValueError, match=message):
+        triton.forward(inputs, False, True, tuning.TUNED[9, 0]._replace(**change))
+
+
 def test_no_tokens_is_an_error():
     *arrays, _ = random_inputs((1, 0, 8, 4))
     with pytest.raises(ValueError, match="l ≥ 1"):

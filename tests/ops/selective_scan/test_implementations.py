@@ -31,7 +31,7 @@ CASES = [
     (shape, reverse) for shape in shapes.SCAN for reverse in (False, True) if not reverse or shape[3] < 16
 ]
 # Two tokens a chunk keep the interpreted programs small; segments of eight tokens, so that lengths are split.
-LAUNCH = tuning.Launch(inference_chunk=3, chunk=2, warps=1, backward_warps=1, fill=16, shortest=8)
+LAUNCH = tuning.Launch(2, 4, 2, 2, warps=1, backward_warps=2, fill=16, shortest=8)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
@@ -128,3 +128,15 @@ def test_sequential_in_parts(reverse, monkeypatch):
     want, want_gradients = expected(shape, reverse)
     assert_close(out, want, 1e-5, "value")
     assert_close(gradients, want_gradients, 1e-4, "gradient")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_triton_with_any_channels_of_a_quad(channels, monkeypatch):
+    launch = LAUNCH._replace(chunk=4, channels=channels, inference_chunk=4, inference_channels=channels)
+    monkeypatch.setattr(triton, "_default_launch", lambda: launch)
+    inputs = random_inputs(SMALL)
+    out, gradients = values_and_gradients(inputs, cotangents(SMALL), "pallas_triton")
+    want, want_gradients = expected(SMALL)
+    assert_close(out, want, 1e-5, "value")
+    assert_close(gradients, want_gradients, 1e-4, "gradient")
+    assert_close(run(inputs, "pallas_triton"), want, 1e-5, "inference")
