@@ -232,7 +232,7 @@ class Chunk:
 
     def read(self, names: tuple[str, ...]) -> Data:
         """Reads the named arrays, of those that were given: a vector a group, or of B and C one a token and set."""
-        p, data = self.program, {}
+        p, data = self.program, Data()
         for name in names:
             if name in ("B", "C"):
                 data[name] = [self._shared(p.refs[name], i) for i in range(self.count)]
