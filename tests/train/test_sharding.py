@@ -73,10 +73,12 @@ def test_twenty_steps_are_those_of_one_device(accumulate):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ.get("MAMBAMIM_MESHES") != "all", reason="minutes: asked for by MAMBAMIM_MESHES=all"
+)
 def test_twenty_steps_of_a_hymamba_in_float64_are_those_of_one_device():
-    """In float32 rounding grows too far to tell. On every kind of mesh with MAMBAMIM_MESHES=all."""
-    every = ("2,1,1", "1,2,1", "1,1,2", "1,1,1,2", "2,2,2")
-    meshes = every if os.environ.get("MAMBAMIM_MESHES") == "all" else every[2:3]
+    """In float32 rounding grows too far to tell."""
+    meshes = ("2,1,1", "1,2,1", "1,1,2", "1,1,1,2", "2,2,2")
     for report in on_fake_devices("narrow", "1", *meshes, JAX_ENABLE_X64="1"):
         assert report["fell"] > 5e-5, report
         assert report["loss"] < 1e-9, report

@@ -130,7 +130,7 @@ def test_sequential_in_parts(reverse, monkeypatch):
     assert_close(gradients, want_gradients, 1e-4, "gradient")
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("channels", [1, 4])  # 2 in all the others
 def test_triton_with_any_channels_of_a_quad(channels, monkeypatch):
     launch = LAUNCH._replace(chunk=4, channels=channels, inference_chunk=4, inference_channels=channels)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
