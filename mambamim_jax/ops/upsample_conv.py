@@ -72,8 +72,7 @@ def upsample_conv3(x: Array, up_kernel: Array, up_bias: Array, kernel: Array) ->
     if apart <= joint:
         fine = upsample2(x, up_kernel.astype(x.dtype)) + up_bias.astype(x.dtype)
         return conv3d(_bordered(fine), kernel.astype(x.dtype))
-    y = _joined(x, up_kernel, kernel) + _bias_map(x, up_bias, kernel).astype(x.dtype)
-    return lax.optimization_barrier(y)  # kept once, not as what it is the sum of
+    return _joined(x, up_kernel, kernel) + _bias_map(x, up_bias, kernel).astype(x.dtype)
 
 
 def _bordered(x: Array) -> Array:
@@ -129,15 +128,14 @@ def _zeros(parity: tuple[int, ...], flipped: bool = False) -> list[tuple[int, in
 
 
 def _gradients_by_parity(x: Array, kernels: Array, g: Array) -> tuple[Array, Array]:
-    dx, dkernels = jnp.zeros_like(x), []
+    x = lax.optimization_barrier(x)  # or else the forward pass's windows are kept for here
+    parts, dkernels = [], []
     for parity in _PARITIES:
-        # One parity after the other, and no window of the forward pass kept for here.
-        x, g, dx = lax.optimization_barrier((x, g, dx))
         mine = g[:, *(slice(p, None, 2) for p in parity)]
-        dkernels.append(kernel_gradient(_window(x, parity), mine))
         kernel = jnp.flip(kernels[parity], (0, 1, 2)).swapaxes(3, 4)
-        dx += convolve(_window(mine, parity, flipped=True), kernel)
-    return dx, jnp.stack(dkernels).reshape(kernels.shape)
+        parts.append(convolve(_window(mine, parity, flipped=True), kernel))
+        dkernels.append(kernel_gradient(_window(x, parity), mine))
+    return sum(parts[1:], parts[0]), jnp.stack(dkernels).reshape(kernels.shape)
 
 
 def _by_plane(x: Array, kernels: Array) -> Array:
@@ -158,12 +156,9 @@ def _by_plane(x: Array, kernels: Array) -> Array:
 
 def _gradients_on_cpu(x: Array, kernels: Array, g: Array) -> tuple[Array, Array]:
     """The input's as one convolution of stride 2 whose 4x4x4 taps are all windows of all parities."""
-    taps = kernels.transpose(
-        0, 3, 1, 4, 2, 5, 7, 6
-    )  # a parity and its window side by side, in and out swapped
-    order = np.array(
-        [3, 1, 2, 0]
-    )  # an axis's tap t: the fine voxel 2a - 1 + t is child p of a - 1 + window + p
+    # A parity beside its window, in and out swapped; an axis's tap t is the fine voxel 2a - 1 + t.
+    taps = kernels.transpose(0, 3, 1, 4, 2, 5, 7, 6)
+    order = np.array([3, 1, 2, 0])
     taps = taps.reshape(4, 4, 4, *taps.shape[6:])[order][:, order][:, :, order]
     dx = lax.conv_general_dilated(g, taps, (2, 2, 2), [(1, 1)] * 3, dimension_numbers=DIMENSIONS_3D)
     return dx, _kernel_gradients_on_cpu(x, g)
@@ -210,9 +205,10 @@ def _bias_map(x: Array, up_bias: Array, kernel: Array) -> Array:
     for axis in (2, 1, 0):  # the constant and its two faces, whose gradients are one sum and two slices
         first, between, last = jnp.split(values, 3, axis)
         far = 2 * x.shape[1 + axis] - 1
-        values = between + _padded(first - between, axis, 0, far) + _padded(last - between, axis, far, 0)
+        values = between + _within(first - between, axis, 0, far) + _within(last - between, axis, far, 0)
     return values
 
 
-def _padded(x: Array, axis: int, before: int, behind: int) -> Array:
+def _within(x: Array, axis: int, before: int, behind: int) -> Array:
+    """x among so many zeros along one axis."""
     return jnp.pad(x, [(before, behind) if i == axis else (0, 0) for i in range(x.ndim)])

@@ -2,19 +2,17 @@
 
 The state is laid out (b, n, e), so that the longest axis is contiguous and a token's state stays in the cache. Only
 the state before every chunk of tokens is kept; the backward pass recomputes the states inside a chunk. Tokens are read
-from the inputs and written to the results where they lie, without copies in another order.
-
-The channels may be split into parts, each a loop of its own.
+from the inputs and written to the results where they lie, without copies in another order. All channels go in one
+loop: XLA plans memory for one order, so that two loops share their scratch buffers and wait for each other.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import operator
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,54 +23,43 @@ from mambamim_jax.types import Array
 
 CHUNK = 16
 """Most tokens in a chunk: one state is kept a chunk, and the others are recomputed inside it."""
-PARTS = 1
-"""Loops that a scan of at least ``WIDE`` channels is split into.
-
-Two took 1.1 to 1.2 times as long: XLA plans memory for one order, so that loops share their scratch buffers and wait
-for each other."""
-WIDE = 512
 
 
-def forward(inputs: ScanInputs, reverse: bool, save: bool) -> tuple[Array, Array, list[Array] | None]:
-    """`reference.scan`; saves the state before every chunk, (chunks, b, n, channels) for each part."""
+def forward(inputs: ScanInputs, reverse: bool, save: bool) -> tuple[Array, Array, Array | None]:
+    """`reference.scan`; saves the state before every chunk, (chunks, b, n, e)."""
     f = in_state_dtype(inputs)
     if f.initial_state is None:
         f = f._replace(initial_state=jnp.zeros((f.u.shape[0], *f.A.shape), f.u.dtype))
-    parts = [_forward(part, save) for part in _parts(f, reverse)]
-    y, last, saved = zip(*parts)
-    return _joined(y).astype(inputs.u.dtype), _joined(last).mT, list(saved) if save else None
+    y, last, saved = _forward(_Walk(f, reverse), save)
+    return y.astype(inputs.u.dtype), last.mT, saved if save else None
 
 
-def backward(inputs: ScanInputs, saved: list[Array], dy: Array, dlast: Array, reverse: bool) -> ScanInputs:
+def backward(inputs: ScanInputs, saved: Array, dy: Array, dlast: Array, reverse: bool) -> ScanInputs:
     """Gradients, chunk by chunk from the last one run.
 
     With G_t the gradient of h_t:  G_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}.
     """
     f = in_state_dtype(inputs)
     dy, dlast = dy.astype(f.u.dtype), dlast.astype(f.u.dtype).mT
-    parts = [_backward(part, states, dy, part.of(dlast)) for part, states in zip(_parts(f, reverse), saved)]
-    gradients: Any = [[part[i] for part in parts] for i in range(len(ScanInputs._fields))]
-    du, ddelta, dAt, dB, dC, _, dz, dbias, dfirst = gradients
+    g, dAt, du, ddelta, dz, dB, dC = _backward(_Walk(f, reverse), saved, dy, dlast)
     dgated = dy if f.z is None else dy * jax.nn.silu(f.z)
     return ScanInputs(
-        u=_joined(du),
-        delta=_joined(ddelta),
-        A=_joined(dAt).T,
-        B=_sum(dB),
-        C=_sum(dC),
+        u=du,
+        delta=ddelta,
+        A=jnp.sum(dAt, axis=0).T,
+        B=dB,
+        C=dC,
         D=jnp.sum(dgated * f.u, axis=(0, 1)),
-        z=_joined(dz),
-        delta_bias=_joined(dbias),
-        initial_state=_joined(dfirst).mT,
+        z=dz,
+        delta_bias=jnp.sum(ddelta, axis=(0, 1)),
+        initial_state=g.mT,
     )
 
 
-class _Part(NamedTuple):
-    """Some of the channels, and how they walk the tokens; time t is the t-th token run."""
+class _Walk(NamedTuple):
+    """How the tokens are walked; time t is the t-th token run."""
 
     inputs: ScanInputs
-    start: int
-    width: int
     reverse: bool
 
     @property
@@ -88,24 +75,16 @@ class _Part(NamedTuple):
     def chunks(self) -> int:
         return -(-self.length // self.chunk)
 
-    def of(self, x: Array) -> Array:
-        """This part's channels, the last axis."""
-        return x[..., self.start : self.start + self.width]
-
     def vector(self, x: Array | None) -> Array:
-        """This part of an optional vector (e,)."""
-        return jnp.zeros(self.width, self.inputs.u.dtype) if x is None else self.of(x)
+        """An optional vector (e,)."""
+        return jnp.zeros(self.inputs.u.shape[2], self.inputs.u.dtype) if x is None else x
 
     def at(self, t: Array) -> Array:
         """Where the token of time t lies."""
         return self.length - 1 - t if self.reverse else t
 
     def token(self, x: Array, t: Array) -> Array:
-        """This part of the token of time t of (b, l, e): (b, width)."""
-        return lax.dynamic_slice(x, (0, self.at(t), self.start), (x.shape[0], 1, self.width))[:, 0]
-
-    def shared(self, x: Array, t: Array) -> Array:
-        """The token of time t of (b, l, n): (b, n)."""
+        """The token of time t of (b, l, f): (b, f)."""
         return lax.dynamic_index_in_dim(x, self.at(t), 1, keepdims=False)
 
     def put(self, x: Array, t: Array, value: Array) -> Array:
@@ -116,38 +95,25 @@ class _Part(NamedTuple):
 class _Chunk(NamedTuple):
     """A chunk's times, and the block of tokens, as many as a whole chunk has, that holds them."""
 
-    part: _Part
+    walk: _Walk
     first: Array  # time of the first token
     stop: Array  # time after the last one
     base: Array  # where the block starts
 
     def block(self, x: Array) -> Array:
-        """(b, chunk, width) of (b, l, e)."""
-        p = self.part
-        return lax.dynamic_slice(x, (0, self.base, p.start), (x.shape[0], p.chunk, p.width))
+        """(b, chunk, e) of (b, l, e)."""
+        return lax.dynamic_slice_in_dim(x, self.base, self.walk.chunk, axis=1)
 
     def token(self, block: Array, t: Array) -> Array:
-        """The token of time t in a block: (b, width)."""
-        return lax.dynamic_index_in_dim(block, self.part.at(t) - self.base, 1, keepdims=False)
+        """The token of time t in a block: (b, e)."""
+        return lax.dynamic_index_in_dim(block, self.walk.at(t) - self.base, 1, keepdims=False)
 
 
-def _parts(f: ScanInputs, reverse: bool) -> list[_Part]:
-    """The channels in parts of about equal width; one where several devices may hold pieces of an array."""
-    e = f.u.shape[2]
-    count = PARTS if e >= WIDE and jax.device_count() == 1 else 1
-    edges = [e * i // count for i in range(count + 1)]
-    return [_Part(f, start, stop - start, reverse) for start, stop in itertools.pairwise(edges)]
-
-
-def _chunk(part: _Part, index: Array) -> _Chunk:
-    first = index * part.chunk
-    stop = jnp.minimum(first + part.chunk, part.length)
-    base = jnp.maximum(part.length - first - part.chunk, 0) if part.reverse else stop - part.chunk
-    return _Chunk(part, first, stop, jnp.maximum(base, 0))
-
-
-def _joined(parts: Iterable[Array]) -> Array:
-    return jnp.concatenate(list(parts), axis=-1)
+def _chunk(walk: _Walk, index: Array) -> _Chunk:
+    first = index * walk.chunk
+    stop = jnp.minimum(first + walk.chunk, walk.length)
+    base = jnp.maximum(walk.length - first - walk.chunk, 0) if walk.reverse else stop - walk.chunk
+    return _Chunk(walk, first, stop, jnp.maximum(base, 0))
 
 
 def _sum(terms: Iterable[Array]) -> Array:
@@ -156,18 +122,18 @@ def _sum(terms: Iterable[Array]) -> Array:
 
 
 def _step(h: Array, u: Array, delta: Array, B: Array, At: Array) -> Array:
-    """One step of the recurrence on a state (b, n, width); At is A transposed (n, width)."""
+    """One step of the recurrence on a state (b, n, e); At is A transposed (n, e)."""
     return jnp.exp(delta[:, None, :] * At) * h + B[:, :, None] * (delta * u)[:, None, :]
 
 
 def _over_channels(state: Array, x: Array) -> Array:
-    """(b, n, width) · (b, width) → (b, n)."""
+    """(b, n, e) · (b, e) → (b, n)."""
     return jnp.einsum("bne,be->bn", state, x, precision="highest")
 
 
-def _forward(p: _Part, save: bool) -> tuple[Array, Array, Array]:
-    """y (b, l, width), the last state (b, n, width) and the saved ones of one part."""
-    f, At, bias, D = p.inputs, p.of(p.inputs.A.T), p.vector(p.inputs.delta_bias), p.vector(p.inputs.D)
+def _forward(p: _Walk, save: bool) -> tuple[Array, Array, Array]:
+    """y (b, l, e), the last state (b, n, e) and the saved ones."""
+    f, At, bias, D = p.inputs, p.inputs.A.T, p.vector(p.inputs.delta_bias), p.vector(p.inputs.D)
     assert f.initial_state is not None
 
     def chunk(index: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -180,23 +146,23 @@ def _forward(p: _Part, save: bool) -> tuple[Array, Array, Array]:
 
         def token(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             h, y = carry
-            u, C = p.token(f.u, t), p.shared(f.C, t)
-            h = _step(h, u, c.token(delta, t), p.shared(f.B, t), At)
+            u, C = p.token(f.u, t), p.token(f.C, t)
+            h = _step(h, u, c.token(delta, t), p.token(f.B, t), At)
             out = _sum(h[:, j] * C[:, j, None] for j in range(h.shape[1])) + D * u
             return h, p.put(y, t, out if gate is None else out * c.token(gate, t))
 
         return *lax.fori_loop(c.first, c.stop, token, (h, y)), saved
 
-    h = p.of(f.initial_state.mT)
-    y = jnp.zeros((*f.u.shape[:2], p.width), h.dtype)
+    h = f.initial_state.mT
+    y = jnp.zeros(f.u.shape, h.dtype)
     saved = jnp.zeros((p.chunks if save else 0, *h.shape), h.dtype)
     h, y, saved = lax.fori_loop(0, p.chunks, chunk, (h, y, saved))
     return y, h, saved
 
 
-def _backward(p: _Part, saved: Array, dy: Array, dlast: Array) -> ScanInputs:
-    """One part's gradients, those of A and the initial state transposed to (n, width) and (b, n, width)."""
-    f, At, bias, D = p.inputs, p.of(p.inputs.A.T), p.vector(p.inputs.delta_bias), p.vector(p.inputs.D)
+def _backward(p: _Walk, saved: Array, dy: Array, dlast: Array) -> tuple[Array, ...]:
+    """Gradients: initial state (b, n, e), A by sample (b, n, e), u, delta, z, B and C."""
+    f, At, bias, D = p.inputs, p.inputs.A.T, p.vector(p.inputs.delta_bias), p.vector(p.inputs.D)
     states = range(At.shape[0])
 
     def chunk(count: Array, carry: tuple) -> tuple:
@@ -213,8 +179,8 @@ def _backward(p: _Part, saved: Array, dy: Array, dlast: Array) -> ScanInputs:
         def forth(t: Array, carry: tuple) -> tuple:
             h, before, dz, dC = carry
             before = lax.dynamic_update_index_in_dim(before, h, t - c.first, 0)
-            u, C = p.token(f.u, t), p.shared(f.C, t)
-            h = _step(h, u, c.token(delta, t), p.shared(f.B, t), At)
+            u, C = p.token(f.u, t), p.token(f.C, t)
+            h = _step(h, u, c.token(delta, t), p.token(f.B, t), At)
             if f.z is not None:
                 y = _sum(h[:, j] * C[:, j, None] for j in states) + D * u
                 dz = p.put(dz, t, y * c.token(dz_per_y, t))
@@ -227,7 +193,7 @@ def _backward(p: _Part, saved: Array, dy: Array, dlast: Array) -> ScanInputs:
             g, dAt, du, ddelta, dB = carry
             t = c.stop - 1 - count
             u, step, out = p.token(f.u, t), c.token(delta, t), c.token(dout, t)
-            B, C = p.shared(f.B, t), p.shared(f.C, t)
+            B, C = p.token(f.B, t), p.token(f.C, t)
             h = lax.dynamic_index_in_dim(before, t - c.first, 0, keepdims=False)
             G = g + C[:, :, None] * out[:, None, :]
             g = jnp.exp(step[:, None, :] * At) * G
@@ -240,18 +206,7 @@ def _backward(p: _Part, saved: Array, dy: Array, dlast: Array) -> ScanInputs:
         g, dAt, du, ddelta, dB = lax.fori_loop(0, c.stop - c.first, back, (g, dAt, du, ddelta, dB))
         return g, dAt, du, ddelta, dz, dB, dC, before
 
-    by_channel = jnp.zeros((*f.u.shape[:2], p.width), dy.dtype)
+    by_channel = jnp.zeros(f.u.shape, dy.dtype)
     by_state, before = jnp.zeros_like(f.B), jnp.zeros((p.chunk, *dlast.shape), dy.dtype)
     carry = dlast, jnp.zeros_like(dlast), by_channel, by_channel, by_channel, by_state, by_state, before
-    g, dAt, du, ddelta, dz, dB, dC, _ = lax.fori_loop(0, p.chunks, chunk, carry)
-    return ScanInputs(
-        u=du,
-        delta=ddelta,
-        A=jnp.sum(dAt, axis=0),
-        B=dB,
-        C=dC,
-        D=None,
-        z=dz,
-        delta_bias=jnp.sum(ddelta, axis=(0, 1)),
-        initial_state=g,
-    )
+    return lax.fori_loop(0, p.chunks, chunk, carry)[:-1]

@@ -11,7 +11,6 @@ from mambamim_jax.ops.selective_scan import (
     IMPLEMENTATIONS,
     mosaic,
     selective_scan,
-    sequential,
     triton,
     tuning,
 )
@@ -120,9 +119,7 @@ class TestImplementation:
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
-def test_sequential_in_parts(reverse, monkeypatch):
-    monkeypatch.setattr(sequential, "WIDE", 8)
-    monkeypatch.setattr(sequential, "PARTS", 3)
+def test_sequential_with_an_odd_number_of_channels(reverse):
     shape = (2, 37, 25, 3)
     out, gradients = values_and_gradients(random_inputs(shape), cotangents(shape), "sequential", reverse)
     want, want_gradients = expected(shape, reverse)
@@ -130,7 +127,7 @@ def test_sequential_in_parts(reverse, monkeypatch):
     assert_close(gradients, want_gradients, 1e-4, "gradient")
 
 
-@pytest.mark.parametrize("channels", [1, 4])  # 2 in all the others
+@pytest.mark.parametrize("channels", [1, 2, 4])
 def test_triton_with_any_channels_of_a_quad(channels, monkeypatch):
     launch = LAUNCH._replace(chunk=4, channels=channels, inference_chunk=4, inference_channels=channels)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
