@@ -104,9 +104,8 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except EOFError:
-        raise VolumeError(
-            "truncated", path, "the gzip stream ends early; copy or download it again"
-        ) from None
+        text = "the gzip stream ends early; copy or download it again"
+        raise VolumeError("truncated", path, text) from None
     except gzip.BadGzipFile as error:
         code = "bad_crc" if "CRC" in str(error) or "length" in str(error) else "bad_gzip"
         raise VolumeError(code, path, f"corrupt gzip: {error}; copy or download it again") from None

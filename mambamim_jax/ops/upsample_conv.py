@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -202,13 +203,26 @@ def _bias_map(x: Array, up_bias: Array, kernel: Array) -> Array:
     """What the upsampling's bias gives after the convolution: constant but for the faces, (2h, 2w, 2d, o)."""
     inside = _INSIDE.astype(kernel.dtype)
     values = jnp.einsum("ax,by,cz,xyzeo,e->abco", inside, inside, inside, kernel, up_bias)
-    for axis in (2, 1, 0):  # the constant and its two faces, whose gradients are one sum and two slices
-        first, between, last = jnp.split(values, 3, axis)
-        far = 2 * x.shape[1 + axis] - 1
-        values = between + _within(first - between, axis, 0, far) + _within(last - between, axis, far, 0)
+    for axis in (2, 1, 0):
+        values = _stretched(values, axis, 2 * x.shape[1 + axis])
     return values
 
 
-def _within(x: Array, axis: int, before: int, behind: int) -> Array:
-    """x among so many zeros along one axis."""
-    return jnp.pad(x, [(before, behind) if i == axis else (0, 0) for i in range(x.ndim)])
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _stretched(values: Array, axis: int, size: int) -> Array:
+    """The first, the one between and the last along an axis to so many: XLA chooses among them where it reads them.
+
+    The gradient is one sum over the axis and two slices, where JAX's own would be three sums.
+    """
+    first, between, last = jnp.split(values, 3, axis)
+    place = np.arange(size).reshape(-1, *[1] * (values.ndim - 1 - axis))
+    return jnp.where(place == 0, first, jnp.where(place == size - 1, last, between))
+
+
+def _stretched_backward(axis: int, size: int, _: None, g: Array) -> tuple[Array]:
+    first, last = (lax.slice_in_dim(g, at, at + 1, axis=axis) for at in (0, size - 1))
+    between = jnp.sum(g, axis, keepdims=True) - first - last
+    return (jnp.concatenate([first, between, last], axis),)
+
+
+_stretched.defvjp(lambda values, axis, size: (_stretched(values, axis, size), None), _stretched_backward)

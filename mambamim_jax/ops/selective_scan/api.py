@@ -93,9 +93,8 @@ def selective_scan(
     elif name in KERNELS:
         y, last = _scan_parts(name, reverse, inputs)
     else:
-        raise ValueError(
-            f"selective_scan: unknown implementation {name!r}, expected one of {IMPLEMENTATIONS}"
-        )
+        expected = f"expected one of {IMPLEMENTATIONS}"
+        raise ValueError(f"selective_scan: unknown implementation {name!r}, {expected}")
     return (y, last) if return_last_state else y
 
 
