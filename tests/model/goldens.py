@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mambamim_jax.model.encoder import HyMamba
 
@@ -27,13 +28,14 @@ def part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
 
 
-def encoder_of(config: dict) -> HyMamba:
+def encoder_of(config: dict, dtype: DTypeLike = jnp.float32) -> HyMamba:
     """The encoder with a golden file's sizes."""
     return HyMamba(
         channels=config["channels"],
         depths=config["depths"][1:],
         expansion=config["expansion"][1:],
         mamba_depth=config["mamba_depth"],
+        dtype=dtype,
         rngs=nnx.Rngs(0),
     )
 

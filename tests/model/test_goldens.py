@@ -61,8 +61,7 @@ def assert_gradients(ours: dict, golden: dict, limit: float) -> None:
 
     The goldens are float32: a ReLU's or LeakyReLU's input near zero may fall on either side. Measured against our
     network in float64, with which ours in float32 agrees to 1e-6, the golden gradient of `A_interpolation` is 2.7e-4
-    off in the released layout; there and in the segmentation network, whose last LayerNorm over three channels is
-    ill-conditioned at a few voxels, 2e-4 is beyond the goldens' own precision.
+    off in the released layout; there 2e-4 is beyond the golden's own precision.
     """
     for name, expected in golden.items():
         if np.max(np.abs(expected)) < ROUNDING:
@@ -101,25 +100,38 @@ def test_running_statistics(pretrain):
 
 
 def test_segmentation():
-    arrays, config = read("segment")
-    weights = from_official(part(arrays, "weight."), config)
-    merge = functional(lambda: Segmenter(encoder_of(config), classes=config["classes"], rngs=nnx.Rngs(0)))
-    image, cotangent = last(arrays["input"]), last(arrays["cotangent"])
+    """In float64, so that all rounding that is seen is the golden's.
 
-    def run(params):
-        logits = merge(params)(image)
-        return jnp.mean(logits * cotangent), logits
+    The network's last LayerNorm is over three channels and ill-conditioned at a few voxels. From there the golden's
+    float32 logits are 1.4e-4 off at one voxel and its gradients 3.1e-3 (`decoder1.conv1.bias`), 7e-4 taken together;
+    ours in float32 are as far off or nearer, by the order in which a processor adds.
+    """
+    with jax.enable_x64(True):
+        arrays, config = read("segment")
+        double = lambda a: jnp.asarray(np.asarray(a), jnp.float64)  # noqa: E731
+        weights = jax.tree.map(double, from_official(part(arrays, "weight."), config).params)
+        encoder = lambda: encoder_of(config, jnp.float64)  # noqa: E731
+        merge = functional(
+            lambda: Segmenter(encoder(), classes=config["classes"], dtype=jnp.float64, rngs=nnx.Rngs(0))
+        )
+        image, cotangent = double(last(arrays["input"])), double(last(arrays["cotangent"]))
 
-    (_, logits), grads = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=QUICK)(
-        weights.params
-    )
+        def run(params):
+            logits = merge(params)(image)
+            return jnp.mean(logits * cotangent), logits
+
+        (_, logits), grads = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=QUICK)(weights)
+        assert logits.dtype == jnp.float64
+        ours, golden = to_official(grads, None, config), part(arrays, "grad.")
     error = np.abs(np.asarray(logits) - last(arrays["logits"])) / np.abs(arrays["logits"]).max()
-    # The last LayerNorm is over three channels, so some voxels are ill-conditioned: in float64 our network differs
-    # from the golden float32 logits by 1.4e-4 at one voxel, which is the golden's own rounding there.
     assert np.quantile(error, 0.999) < ACTIVATION
-    assert error.max() < 4e-4
-    ours = to_official(grads, None, config)
-    assert_gradients(ours, part(arrays, "grad."), 3e-4)
+    assert error.max() < 2e-4
+    assert len(golden) > 150
+    assert_gradients(ours, golden, 4e-3)
+    difference = np.concatenate([np.ravel(ours[name] - golden[name]) for name in golden])
+    assert np.linalg.norm(difference) < 1e-3 * np.linalg.norm(
+        np.concatenate([*map(np.ravel, golden.values())])
+    )
 
 
 def test_a_batch_is_its_samples():
