@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mambamim_jax.convert import from_official, to_official
 from mambamim_jax.model.mask import Mask, draw_mask
@@ -26,9 +27,13 @@ ROUNDING = 1e-7
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def build_mim(config: dict, filler: str):
+def build_mim(config: dict, filler: str, dtype: DTypeLike = jnp.float32):
     return lambda: MaskedImageModel(
-        encoder_of(config), filler=filler, decoder_width=config["decoder_width"], rngs=nnx.Rngs(0)
+        encoder_of(config, dtype),
+        filler=filler,
+        decoder_width=config["decoder_width"],
+        dtype=dtype,
+        rngs=nnx.Rngs(0),
     )
 
 
@@ -59,9 +64,8 @@ def pretrain(request):
 def assert_gradients(ours: dict, golden: dict, limit: float) -> None:
     """Every gradient within the limit, relative to its largest entry.
 
-    The goldens are float32: a ReLU's or LeakyReLU's input near zero may fall on either side. Measured against our
-    network in float64, with which ours in float32 agrees to 1e-6, the golden gradient of `A_interpolation` is 2.7e-4
-    off in the released layout; there 2e-4 is beyond the golden's own precision.
+    The float32 goldens of the released layout are up to 6.6e-4 off the released code's own gradients in float64, so
+    they get a wider limit, and `test_gradients_in_double` the narrow one.
     """
     for name, expected in golden.items():
         if np.max(np.abs(expected)) < ROUNDING:
@@ -99,39 +103,49 @@ def test_running_statistics(pretrain):
             assert relative(ours[name], expected) < ACTIVATION, name
 
 
-def test_segmentation():
-    """In float64, so that all rounding that is seen is the golden's.
-
-    The network's last LayerNorm is over three channels and ill-conditioned at a few voxels. From there the golden's
-    float32 logits are 1.4e-4 off at one voxel and its gradients 3.1e-3 (`decoder1.conv1.bias`), 7e-4 taken together;
-    ours in float32 are as far off or nearer, by the order in which a processor adds.
-    """
+@pytest.mark.parametrize("name", ["segment", "pretrain_released"])
+def test_gradients_in_double(name):
+    """Both sides in float64 (tests/model/double.py), where the golden's float32 gradients are up to 3e-3 off."""
+    golden = read(f"{name}_double")[0]
     with jax.enable_x64(True):
-        arrays, config = read("segment")
+        arrays, config = read(name)
         double = lambda a: jnp.asarray(np.asarray(a), jnp.float64)  # noqa: E731
-        weights = jax.tree.map(double, from_official(part(arrays, "weight."), config).params)
-        encoder = lambda: encoder_of(config, jnp.float64)  # noqa: E731
-        merge = functional(
-            lambda: Segmenter(encoder(), classes=config["classes"], dtype=jnp.float64, rngs=nnx.Rngs(0))
-        )
-        image, cotangent = double(last(arrays["input"])), double(last(arrays["cotangent"]))
+        weights = from_official(part(arrays, "weight."), config)
+        params, batch_stats = jax.tree.map(double, (weights.params, weights.batch_stats))
+        image, encoder = double(last(arrays["input"])), lambda: encoder_of(config, jnp.float64)
+        if name == "segment":
+            ours = lambda: Segmenter(  # noqa: E731
+                encoder(), classes=config["classes"], dtype=jnp.float64, rngs=nnx.Rngs(0)
+            )
+            cotangent = double(last(arrays["cotangent"]))
+            value = lambda network: jnp.mean(network(image) * cotangent)  # noqa: E731
+        else:
+            mask = Mask(jnp.asarray([RELEASED_ORDER], jnp.int32), (3, 3, 3))
+            ours = build_mim(config, "toki_scrambled", jnp.float64)
+            value = lambda network: reconstruction_loss(network(image, mask), image, mask)  # noqa: E731
+        merge = functional(ours)
 
         def run(params):
-            logits = merge(params)(image)
-            return jnp.mean(logits * cotangent), logits
+            network = merge(params, batch_stats)
+            return value(network), nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
 
-        (_, logits), grads = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=QUICK)(weights)
-        assert logits.dtype == jnp.float64
-        ours, golden = to_official(grads, None, config), part(arrays, "grad.")
-    error = np.abs(np.asarray(logits) - last(arrays["logits"])) / np.abs(arrays["logits"]).max()
+        (found, stats), grads = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=QUICK)(params)
+        assert found.dtype == jnp.float64
+        assert relative(found, golden.pop("value")) < 1e-6
+        assert len(golden) > 150
+        assert_gradients(to_official(grads, stats, config), part(golden, "grad."), 2e-5)
+
+
+def test_segmentation():
+    arrays, config = read("segment")
+    weights = from_official(part(arrays, "weight."), config)
+    merge = functional(lambda: Segmenter(encoder_of(config), classes=config["classes"], rngs=nnx.Rngs(0)))
+    run = jax.jit(lambda params: merge(params)(last(arrays["input"])), compiler_options=QUICK)
+    error = np.abs(np.asarray(run(weights.params)) - last(arrays["logits"])) / np.abs(arrays["logits"]).max()
+    # The last LayerNorm is over three channels, so some voxels are ill-conditioned: in float64 our network differs
+    # from the golden float32 logits by 1.4e-4 at one voxel, which is the golden's own rounding there.
     assert np.quantile(error, 0.999) < ACTIVATION
-    assert error.max() < 2e-4
-    assert len(golden) > 150
-    assert_gradients(ours, golden, 4e-3)
-    difference = np.concatenate([np.ravel(ours[name] - golden[name]) for name in golden])
-    assert np.linalg.norm(difference) < 1e-3 * np.linalg.norm(
-        np.concatenate([*map(np.ravel, golden.values())])
-    )
+    assert error.max() < 4e-4
 
 
 def test_a_batch_is_its_samples():
