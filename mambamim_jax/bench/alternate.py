@@ -1,9 +1,9 @@
 """Two or more sides measured alternately in one run, each in a process of its own.
 
 A side is a factory ``module:function`` with keyword arguments that JSON can hold; it returns a callable that
-does one step and returns a number, and may have ``prepare()``, called untimed before each step, and
-``facts()``, asked for after the last step. Each process
-stays alive and steps only when told to, so the sides never compete for cores, drifts of the machine hit both
+does one step and returns a number, and may have ``prepare()`` and ``rest()``, called untimed before and after each
+step, and ``facts()``, asked for after the last step. Each process
+stays alive and steps only when told to, and what goes on in the background ends in ``rest``, so the sides never compete for cores, drifts of the machine hit both
 alike, and each peak of memory belongs to one side.
 """
 
@@ -160,6 +160,8 @@ def _serve(factory: str, threads: int, arguments: Mapping[str, Any]) -> int:
                 reply = {"value": step(), "seconds": time.perf_counter() - started}
                 reply |= {"cpu_seconds": time.process_time() - spent}
                 reply |= {"peak_bytes": peak_bytes(), "build_seconds": built}
+                if hasattr(step, "rest"):
+                    step.rest()
         except Exception as error:
             text = next(iter(str(error).splitlines()), "")
             print(json.dumps({"error": f"{type(error).__name__}: {text}"}), file=replies)

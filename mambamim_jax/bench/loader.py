@@ -24,7 +24,7 @@ class Reading:
     """Reads ``batches`` batches a step; each step goes on where the last ended, with nothing read ahead.
 
     With ``cold`` a step is one epoch, so that every volume is read for the first time since the page cache
-    was emptied.
+    was emptied, and a batch one volume: of an epoch of few volumes half the time would go to reading ahead.
     """
 
     def __init__(
@@ -41,7 +41,12 @@ class Reading:
         from mambamim_jax.data.store import open_store
 
         self._loader = PretrainLoader(
-            open_store(store), crop=(crop,) * 3, threads=threads, workers=workers, dtype=dtype
+            open_store(store),
+            crop=(crop,) * 3,
+            volumes_per_batch=1 if cold else 4,
+            threads=threads,
+            workers=workers,
+            dtype=dtype,
         )
         self._batches, self._cold = self._loader.batches_per_epoch if cold else batches, cold
         self._examples = 0
@@ -60,6 +65,11 @@ class Reading:
 
     def __call__(self) -> float:
         return float(sum(self._read() for _ in range(self._batches)))
+
+    def rest(self) -> None:
+        """Reading ahead would go on during the other sides' steps."""
+        self._iterator = None
+        time.sleep(0.1)  # for the batches that were begun
 
     def _read(self) -> int:
         self._examples += self._loader.volumes_per_batch

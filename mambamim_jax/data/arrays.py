@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mambamim_jax.types import NumpyArray
+from mambamim_jax.types import NumpyArray, Size3
 
 ENCODINGS = {"npy": ".npy", "blosc2": ".b2nd"}
 CHUNK, BLOCK = 64, 32
@@ -62,6 +64,41 @@ def _open(stem: str, process: int) -> Any:  # a forked process must not share op
     blosc2 = _blosc2()
     # mapped: one block costs no system call; one thread: the loader has its own
     return blosc2.open(stem + ".b2nd", mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
+
+
+def hasten(stem: str, limit: int) -> None:
+    """Have the system begin to read an array of at most ``limit`` bytes on disk, whole, ahead of its use.
+
+    What is mapped is otherwise read page by page as it is touched, and nothing is done meanwhile.
+    """
+    if not hasattr(os, "posix_fadvise"):  # macOS
+        return
+    for ending in ENCODINGS.values():
+        with suppress(OSError):  # the other encoding; whatever else is wrong shows when it is opened
+            descriptor = os.open(stem + ending, os.O_RDONLY)
+            try:
+                if os.fstat(descriptor).st_size <= limit:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+
+def around(array: Any, starts: Sequence[NumpyArray], size: Size3) -> tuple[Any, NumpyArray]:
+    """What boxes of ``size`` from ``starts`` (3,) need of a volume (h, w, d), and where it begins: int64 (3,).
+
+    If the boxes of a compact array overlap so much that unpacking what surrounds them all once is less than
+    unpacking each, that part, unpacked; otherwise the array itself.
+    """
+    here = np.zeros(3, np.int64)
+    if isinstance(array, np.ndarray):
+        return array, here
+    shape = np.asarray(array.shape[:3], np.int64)
+    first = np.clip(starts, 0, shape)
+    stop = np.clip(np.asarray(starts) + size, 0, shape)
+    low, high = first.min(0), stop.max(0)
+    if np.prod(high - low) >= np.prod(stop - first, axis=1).sum():
+        return array, here
+    return array[tuple(map(slice, low.tolist(), high.tolist()))], low
 
 
 def _compress(array: NumpyArray) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mambamim_jax.data import arrays
 from mambamim_jax.data import crop as crops
 from mambamim_jax.data.store import Store
 from mambamim_jax.data.stream import Loader
@@ -59,6 +60,8 @@ class PretrainLoader(Loader):
         """See ``Loader``."""
         samples, count = self.samples(number), self.crops_per_volume
         image = np.empty((len(samples) * count, *self.crop, 1), self.dtype)
+        for index in samples:  # what is smaller than its crops
+            arrays.hasten(self.store.path(self.volume_of(index), "image"), 2 * count * math.prod(self.crop))
         for n, index in enumerate(samples):
             self._fill(index, image[n * count : (n + 1) * count, ..., 0])
         return {"image": image, "index": np.array([self.volume_of(index) for index in samples], np.int64)}
@@ -68,12 +71,15 @@ class PretrainLoader(Loader):
         rng, which, low = self.generator(index), self.volume_of(index), self.window[0]
         hu = self.store.image(which)
         box, counts = self.store.foreground(which, low)
-        for piece in out:
-            center = crops.draw_foreground(rng, hu, counts, low)
-            flips = crops.draw_flips(rng, self.flip)
-            start = crops.crop_start(center, self.crop, box)
+        starts, flips = [], []
+        for _ in out:
+            starts.append(crops.crop_start(crops.draw_foreground(rng, hu, counts, low), self.crop, box))
+            flips.append(crops.draw_flips(rng, self.flip))
+        hu, origin = arrays.around(hu, starts, self.crop)
+        for piece, start, mirrored in zip(out, starts, flips, strict=True):
             if self.dtype == np.int16:
-                crops.take(hu, start, self.crop, math.floor(low), out=crops.flip(piece, flips))
+                into = crops.flip(piece, mirrored)
+                crops.take(hu, start - origin, self.crop, math.floor(low), out=into)
             else:
-                raw = crops.take(hu, start, self.crop, math.floor(low))
-                window_intensity(crops.flip(raw, flips), self.window, out=piece)
+                raw = crops.take(hu, start - origin, self.crop, math.floor(low))
+                window_intensity(crops.flip(raw, mirrored), self.window, out=piece)
