@@ -1,10 +1,10 @@
 """Two or more sides measured alternately in one run, each in a process of its own.
 
 A side is a factory ``module:function`` with keyword arguments that JSON can hold; it returns a callable that
-does one step and returns a number, and may have ``prepare()`` and ``rest()``, called untimed before and after each
-step, and ``facts()``, asked for after the last step. Each process
-stays alive and steps only when told to, and what goes on in the background ends in ``rest``, so the sides never compete for cores, drifts of the machine hit both
-alike, and each peak of memory belongs to one side.
+does one step and returns a number, and may have ``prepare()`` and ``rest()``, called untimed before and after
+each step, and ``facts()``, asked for after the last step. Each process stays alive and steps only when told to,
+and what goes on in the background ends in ``rest``, so the sides never compete for cores, drifts of the machine
+hit both alike, and each peak of memory belongs to one side.
 """
 
 from __future__ import annotations
