@@ -17,6 +17,9 @@ from mambamim_jax.config import HelpRequested, parse_command_line
 from mambamim_jax.data import datasets, fingerprint, store
 from mambamim_jax.settings_data import PreprocessConfig
 
+KEPT = ("spacing", "window", "encoding", "labels", "max_lost")
+"""Keys that preprocessing gets as they are."""
+
 
 def main(arguments: list[str]) -> int:
     """The exit code: 0, or 2 where settings, data or the store's folder cannot work."""
@@ -33,7 +36,7 @@ def main(arguments: list[str]) -> int:
                 report_path=folder / "report" / "data_report.jsonl",
                 workers=config.workers or None,
                 progress=lambda done, total, name: bar.update(task, completed=done, description=name),
-                **{key: getattr(config, key) for key in ("spacing", "window", "encoding", "max_lost")},
+                **{key: getattr(config, key) for key in KEPT},
             )
     except HelpRequested as help_text:
         print(help_text)

@@ -22,6 +22,8 @@ class PreprocessConfig:
     """HU; what lies above the low end is foreground. All HU are kept, so training may use another window."""
     encoding: str = "npy"
     """npy: fastest while the set fits the memory. blosc2: about half of the bytes, for sets that do not."""
+    labels: str = "volume"
+    """volume: the nearest voxel, then each organ's volume put right at its border. nearest: nothing but that."""
     max_lost: float = 0.1
     """Stop with an error where more than this share of the volumes can't be used."""
     workers: int = 0
@@ -41,5 +43,6 @@ class PreprocessConfig:
             "auto, nnunet, decathlon or folder",
         )
         require(self.encoding in ("npy", "blosc2"), "encoding", "npy or blosc2")
+        require(self.labels in ("nearest", "volume"), "labels", "nearest or volume")
         require(0 <= self.max_lost <= 1, "max_lost", "a share in [0, 1]")
         require(self.workers >= 0, "workers", "0 or more")

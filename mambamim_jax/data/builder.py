@@ -85,6 +85,7 @@ def bring_up_to_date(
                 "window": spec["window"],
                 "encoding": spec["encoding"],
                 "intensity": spec.get("intensity", "hu"),
+                "labels": spec.get("labels", "nearest"),
             }
     if progress and records:
         progress(len(records), len(cases), "")

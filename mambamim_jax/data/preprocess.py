@@ -23,7 +23,7 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from mambamim_jax.data import arrays, crop, nifti, volume
+from mambamim_jax.data import arrays, crop, nifti, organ_volumes, volume
 from mambamim_jax.data.intensity import normalise
 from mambamim_jax.data.volume import Volume, VolumeError
 from mambamim_jax.types import NumpyArray
@@ -40,7 +40,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: ``store`` (folder), ``record`` (file of the record), ``id``, ``source``, ``images``, ``label``
-            (or None), ``spacing`` (mm), ``window`` (HU) and ``intensity``: "hu" (left out) or "zscore".
+            (or None), ``spacing`` (mm), ``window`` (HU), ``intensity``: "hu" (left out) or
+            "zscore", and ``labels``: "nearest" (left out) or "volume".
 
     Raises:
         OSError: the store can't be written; nothing half-written is left.
@@ -114,7 +115,7 @@ def _ct(job: dict[str, Any], contents: list[bytes], label_content: bytes | None)
         raise VolumeError("air_only", job["images"][0], f"nothing above {low:g} HU after resampling")
     meta = _describe(image, hu, box, low)
     parts = {"image": hu.voxels, "index": crop.block_counts(hu.voxels, low)}
-    return _with_label(parts, meta, label, refusal, spacing)
+    return _with_label(parts, meta, label, refusal, job)
 
 
 def _channels(job: dict[str, Any], contents: list[bytes], label_content: bytes | None) -> Parts:
@@ -137,7 +138,7 @@ def _channels(job: dict[str, Any], contents: list[bytes], label_content: bytes |
     voxels = normalise(raw, [{"kind": "zscore"}] * raw.shape[-1]).astype(np.float16)
     parts = {"image": voxels, "index": crop.block_counts(inside, 0)}
     meta = _describe(images[0], resampled[0], box, 0.0) | {"voxels": _digest(voxels)}
-    return _with_label(parts, meta, label, refusal, spacing)
+    return _with_label(parts, meta, label, refusal, job)
 
 
 def _with_label(
@@ -145,11 +146,11 @@ def _with_label(
     meta: dict[str, Any],
     label: Volume | None,
     refusal: str | None,
-    spacing: Any,
+    job: dict[str, Any],
 ) -> Parts:
     meta |= {"label": refusal or ("ok" if label else "none")}
     if label is not None:
-        parts |= {"label": _resample_label(label, spacing)}
+        parts |= {"label": _resample_label(label, tuple(job["spacing"]), job.get("labels", "nearest"))}
         meta |= {"label_values": np.unique(label.voxels).astype(int).tolist()}
     return parts, meta
 
@@ -178,8 +179,11 @@ def _label(job: dict[str, Any], content: bytes | None, image: Volume) -> tuple[V
     return label, None
 
 
-def _resample_label(label: Volume, spacing: tuple[float, ...]) -> NumpyArray:
-    voxels = volume.resample(label, spacing, label=True, dtype=np.uint16).voxels  # type: ignore[arg-type]
+def _resample_label(label: Volume, spacing: tuple[float, ...], how: str) -> NumpyArray:
+    resampled = volume.resample(label, spacing, label=True, dtype=np.uint16)  # type: ignore[arg-type]
+    if how == "volume":
+        organ_volumes.keep_volumes(resampled, label)
+    voxels = resampled.voxels
     return voxels.astype(np.uint8) if voxels.max(initial=0) < 256 else voxels
 
 

@@ -156,6 +156,7 @@ def prepare(
     window: tuple[float, float] = (-175.0, 250.0),
     encoding: str = "npy",
     intensity: str = "hu",
+    labels: str = "volume",
     report_path: str | Path | None = None,
     max_lost: float = 0.1,
     workers: int | None = None,
@@ -172,6 +173,7 @@ def prepare(
         window: HU; what lies above its low end is foreground (the store itself keeps all HU).
         encoding: ``npy`` (fast) or ``blosc2`` (compact), see ``arrays``. intensity: ``hu``, one channel kept
             as it is; or ``zscore``, any channels, normalised over their non-zero voxels.
+        labels: ``nearest`` voxel alone; or ``volume``, with every organ's volume kept, see ``organ_volumes``.
         report_path: write one JSON line per case here. max_lost: largest share of cases that may be refused.
         workers: processes; None for one per core and at most eight. progress: called with (done, total, case
             id).
@@ -192,6 +194,7 @@ def prepare(
     }
     spec["encoding"] = encoding
     spec |= {"intensity": intensity} if intensity != "hu" else {}
+    spec |= {"labels": labels} if labels != "nearest" else {}
     try:
         with builder.locked(folder):
             builder.check_spec(folder, spec)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mambamim_jax.data import nifti, volume
+from mambamim_jax.data import nifti, organ_volumes, volume
 from tests.data import ct_files
 
 ORIENTATIONS = [
@@ -218,3 +218,43 @@ def test_real_labels_take_the_nearest_voxel(name):
     assert clear.mean() > 0.1
     nearest = np.clip(np.rint(index), 0, np.array(stored.shape)[:, None] - 1).astype(int)
     assert np.array_equal(out.voxels[tuple(picks)][clear], stored[tuple(nearest)][clear])
+
+
+@pytest.mark.parametrize("orientation", ["LPI", "RAS", "oblique"])
+@pytest.mark.parametrize("stored", [np.uint8, np.float32])
+def test_organ_volumes_are_kept_at_the_border_with_the_background(orientation, stored):
+    affine = ct_files.affine_of("RAS" if orientation == "oblique" else orientation, spacing=(4.1, 3.9, 2.5))
+    if orientation == "oblique":
+        turn = np.eye(4)
+        turn[:2, :2] = [[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]]
+        affine = turn @ affine
+    i, j, k = np.ogrid[:30, :30, :30]
+    label = np.zeros((30, 30, 30), stored)
+    for value, centre, radius in (
+        (1, (8, 8, 8), 3),
+        (2, (20, 9, 12), 5),
+        (3, (12, 21, 20), 2),
+        (900, (24, 24, 29), 4),
+    ):
+        value = value if stored == np.float32 else min(value, 200)
+        inside = sum((x - c) ** 2 for x, c in zip((i, j, k), centre)) <= radius**2
+        label[inside] = value
+    before = volume.Volume(label, affine)
+    nearest = volume.resample(before, SPACING, label=True, dtype=np.uint16)
+    kept = volume.resample(before, SPACING, label=True, dtype=np.uint16)
+    organ_volumes.keep_volumes(kept, before)
+    share = abs(np.linalg.det(affine[:3, :3])) / 1.5**3
+    errors = []
+    for value in np.unique(label)[1:]:
+        expected = (label == value).sum() * share
+        errors.append(abs((nearest.voxels == value).sum() / expected - 1))
+        assert abs((kept.voxels == value).sum() / expected - 1) < 0.01
+    assert max(errors) > 0.01  # there was something to do
+    changed = nearest.voxels != kept.voxels
+    assert ((nearest.voxels == 0) | (kept.voxels == 0))[changed].all()
+    # no voxel moves farther than a stored one
+    structure = np.ones([2 * int(np.ceil(4.1 / 1.5)) + 1] * 3)
+    for value in np.unique(label)[1:]:
+        inside = nearest.voxels == value
+        assert ndimage.binary_dilation(inside, structure)[kept.voxels == value].all()
+        assert (kept.voxels == value)[ndimage.binary_erosion(inside, structure)].all()
