@@ -258,3 +258,12 @@ def test_organ_volumes_are_kept_at_the_border_with_the_background(orientation, s
         inside = nearest.voxels == value
         assert ndimage.binary_dilation(inside, structure)[kept.voxels == value].all()
         assert (kept.voxels == value)[ndimage.binary_erosion(inside, structure)].all()
+
+
+def test_a_volume_at_the_spacing_asked_for_is_only_turned():
+    stored = np.random.default_rng(0).integers(-1024, 3000, (9, 8, 7)).astype(np.int16)
+    image = nibabel.Nifti1Image(stored, ct_files.affine_of("LPI", spacing=SPACING))
+    for dtype in (np.int16, np.float32):
+        out = volume.resample(volume.Volume(stored, image.affine), SPACING, dtype=dtype)
+        assert out.voxels.dtype == dtype
+        assert np.array_equal(out.voxels, np.asarray(nibabel.as_closest_canonical(image).dataobj))
