@@ -4,7 +4,8 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would start with the files of the most tests
+    # pytest-xdist would start with the files of the most tests
+    if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 

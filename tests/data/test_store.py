@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from mambamim_jax.data import datasets, nifti, preprocess, store, volume
 from tests.data import ct_files
@@ -267,3 +268,31 @@ def test_organ_volumes_of_a_folder(tmp_path):
     print(f"{len(errors)} organs of {len(prepared)} volumes, the worst {max(errors.values()):.2%} off")
     assert errors
     assert max(errors.values()) < 0.01, max(errors, key=errors.__getitem__)
+
+
+def test_preprocessing_of_a_large_volume_equals_scipy(tmp_path):
+    """Geometry, values and labels at random voxels; MAMBAMIM_SHAPE=512x512x600 for one as large as they come."""
+    shape = tuple(map(int, os.environ.get("MAMBAMIM_SHAPE", "96x96x80").split("x")))
+    rng = np.random.default_rng(0)
+    coarse = rng.normal(0, 400, [n // 8 + 2 for n in shape]).astype(np.float32)
+    hu = ndimage.zoom(coarse, 8, order=1)[tuple(map(slice, shape))].clip(-1000, 2000).astype(np.int16)
+    hu[: shape[0] // 10] = -1000
+    label, grid = np.zeros(shape, np.uint8), np.ogrid[tuple(map(slice, shape))]
+    for value, (place, radius) in enumerate(((0.3, 0.2), (0.6, 0.1), (0.8, 0.06)), 1):
+        inside = sum((axis / n - place) ** 2 for axis, n in zip(grid, shape)) <= radius**2
+        label[inside] = value
+    affine = np.diag([-0.8, -0.8, 1.0, 1.0])
+    affine[:3, 3] = 200, 180, -300
+    for name, voxels in (("ct", hu), ("ct_label", label)):
+        nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / f"{name}.nii.gz")
+    prepared = store.prepare(datasets.discover(tmp_path), tmp_path / "store", workers=0)
+    stored, kept = prepared.image(0), prepared.label(0)
+    points = np.stack([rng.integers(0, n, 100_000) for n in stored.shape])
+    to_source = np.linalg.inv(affine) @ np.array(prepared.meta(0)["affine"])
+    where = to_source[:3, :3] @ points + to_source[:3, 3:]
+    expected = ndimage.map_coordinates(hu.astype(np.float32), where, order=1, mode="nearest")
+    assert np.abs(expected - stored[tuple(points)]).max() < 0.51  # stored as whole HU
+    nearest = ndimage.map_coordinates(label, where, order=0, mode="nearest")
+    assert np.mean(nearest != kept[tuple(points)]) < 1e-3
+    for value in (1, 2, 3):
+        assert (kept == value).sum() * 1.5**3 == pytest.approx((label == value).sum() * 0.64, rel=0.01)
