@@ -62,8 +62,10 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, settings: CheckpointConfig, say: Callable[[str], None] = print):
         self.folder, self.say = workdir / FOLDER, say
+        if jax.process_index() == 0:
+            self._remove_unfinished()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=settings.keep, keep_period=settings.keep_every or None, cleanup_tmp_directories=True
+            max_to_keep=settings.keep, keep_period=settings.keep_every or None
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
 
@@ -154,12 +156,16 @@ class Checkpoints:
         if not (kind and several()):  # a process that fails can't wait for the others
             self.close()
 
+    def _remove_unfinished(self) -> None:
+        """What a killed save left. Orbax would do it in a thread that a run refused right after outlives."""
+        for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+
     def _report(self, error: Exception) -> None:
         """Says that a save has failed for want of space, and takes away what it left; raises any other error."""
         if not any(sign in str(error) for sign in NO_SPACE):
             raise error
-        for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)
+        self._remove_unfinished()
         self.manager.reload()
         self._say_unsaved(one_line(error))
 
