@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mambamim_jax.data import datasets, store
+from mambamim_jax.data.phantom import write_phantoms
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -58,4 +61,17 @@ def test_the_script_runs_from_anywhere(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --config: no file nothing.py")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_store_of_another_spacing_ends_with_one_line(tmp_path):
+    """As a process: what a library's threads print while it ends counts too."""
+    write_phantoms(tmp_path / "ct", count=2)
+    store.prepare(datasets.discover(tmp_path / "ct"), tmp_path / "store", spacing=(6.0, 6.0, 6.0), workers=0)
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--config=configs/pretrain.py:demo"]
+    command += [f"--config.data.source={tmp_path / 'store'}", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "made with spacing [6.0, 6.0, 6.0] mm, asked for [4.0, 4.0, 4.0]" in done.stderr
     assert done.stderr.count("\n") == 1
