@@ -1,6 +1,6 @@
 """A real process killed with -9 at random moments, also while it writes a checkpoint, resumes exactly.
 
-MAMBAMIM_KILLS sets how often (2 by default), MAMBAMIM_KILL_SEED when.
+MAMBAMIM_KILLS sets how often (3 by default), MAMBAMIM_KILL_SEED when.
 """
 
 import os
@@ -17,7 +17,7 @@ import pytest
 from mambamim_jax.train.logs import read_rows
 
 ROOT = Path(__file__).parents[1]
-KILLS = int(os.environ.get("MAMBAMIM_KILLS", "2"))
+KILLS = int(os.environ.get("MAMBAMIM_KILLS", "3"))
 SEED = int(os.environ.get("MAMBAMIM_KILL_SEED", str(random.SystemRandom().randrange(10**6))))
 STEPS = 6 + 2 * KILLS
 CONFIG = {

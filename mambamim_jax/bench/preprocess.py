@@ -34,7 +34,7 @@ class ToStore:
 
         job: dict[str, Any] = {"store": self._folder, "record": "record.json", "id": "x", "source": "bench"}
         job |= {"images": [self._image], "label": None, "spacing": [1.5] * 3, "window": [-175.0, 250.0]}
-        record = preprocess.run(job | {"encoding": "npy"})
+        record = preprocess.run(job | {"encoding": "npy", "intensity": "hu", "labels": "volume"})
         if record["status"] != "used":
             raise ValueError(record["message"])
         return float(len(record["volume"]))

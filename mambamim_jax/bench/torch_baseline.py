@@ -155,7 +155,7 @@ def released_code(path: str | Path) -> Iterator[Callable[[str], Any]]:
 
 def build_pretraining(path: str | Path, config: Mapping[str, Any] = PAPER) -> Any:
     """The released ``MambaMIM`` module (random weights) at the sizes of ``config`` (see PAPER)."""
-    with released_code(path) as load, _quiet():
+    with released_code(path) as load, quiet():
         encoder_module = load("models.encoder")
         encoder = load("models.network.hymamba").Encoder(
             depth=config["mamba_depth"], sparse=True, **_sizes(config)
@@ -167,7 +167,7 @@ def build_pretraining(path: str | Path, config: Mapping[str, Any] = PAPER) -> An
 
 def build_segmenter(path: str | Path, config: Mapping[str, Any]) -> Any:
     """The released fine-tuning network (random weights) at the sizes of ``config`` (also its ``classes``)."""
-    with released_code(path) as load, _quiet():
+    with released_code(path) as load, quiet():
         network = load("models.network.hymamba").Hybird
         return network(depth=config["mamba_depth"], n_classes=config["classes"], **_sizes(config))
 
@@ -179,7 +179,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The released constructors print, and rely on deprecated calls."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -187,7 +187,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _on_this_device() -> Iterator[None]:
+def on_this_device() -> Iterator[None]:
     """``.cuda()`` without a GPU leaves a tensor where it is."""
     import torch
 
@@ -222,7 +222,7 @@ class PretrainStep:
         """Does one step and returns its loss."""
         import torch
 
-        with _on_this_device(), _quiet():
+        with on_this_device(), quiet():
             loss = self.model(self.crops)
             self.optimiser.zero_grad()
             loss.backward()
@@ -256,7 +256,7 @@ class TokiStep:
         """Does forward and backward once and returns the sum of squares of the tokens."""
         self.A.grad = self.features.grad = None
         self.holder.A_interpolation = self.A
-        with _on_this_device():
+        with on_this_device():
             tokens = self.interpolate(self.holder, self.features, self.mask)
         loss = (tokens * tokens).sum()
         loss.backward()

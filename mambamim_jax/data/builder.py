@@ -25,6 +25,10 @@ class StoreError(RuntimeError):
     """A store that can't be opened or written; the message is one line."""
 
 
+EARLIER = {"intensity": "hu", "labels": "nearest"}
+"""What ``store.json`` left out once, and how the volumes were made then."""
+
+
 def check_spec(folder: Path, spec: dict[str, Any]) -> None:
     """Write ``store.json`` into a new store; refuse a folder that is something else or was made otherwise."""
     path = folder / "store.json"
@@ -39,6 +43,7 @@ def check_spec(folder: Path, spec: dict[str, Any]) -> None:
         found = json.loads(path.read_bytes())
     except json.JSONDecodeError:
         raise StoreError(f"{path}: not readable as JSON; delete this store and preprocess again") from None
+    found = EARLIER | found
     wrong = [key for key in {**spec, **found} if found.get(key) != spec.get(key)]
     if wrong:
         key = wrong[0]
@@ -78,15 +83,8 @@ def bring_up_to_date(
             records[path] = record
         else:
             jobs[path] = {"store": str(folder), "record": path, "id": case.id, "source": case.source}
-            jobs[path] |= {
-                "images": images,
-                "label": label,
-                "spacing": spec["spacing"],
-                "window": spec["window"],
-                "encoding": spec["encoding"],
-                "intensity": spec.get("intensity", "hu"),
-                "labels": spec.get("labels", "nearest"),
-            }
+            jobs[path] |= {"images": images, "label": label}
+            jobs[path] |= {key: value for key, value in spec.items() if key != "version"}
     if progress and records:
         progress(len(records), len(cases), "")
     keys = {(job["id"], job["images"][0], job["label"]): path for path, job in jobs.items()}

@@ -28,7 +28,7 @@ def keep_volumes(resampled: Volume, stored: Volume, tolerance: float = TOLERANCE
         resampled: (h, w, d) unsigned integers, on any grid; changed. stored: the map that it was made of.
     """
     voxels, source = resampled.voxels, stored.voxels
-    if stored.slope != 1 or stored.intercept != 0 or source.dtype.kind not in "iu":
+    if not stored.plain or source.dtype.kind not in "iu":
         source = stored.values().astype(voxels.dtype)
     share = abs(np.linalg.det(stored.affine[:3, :3]) / np.linalg.det(resampled.affine[:3, :3]))
     expected, found = _counts(source) * share, _counts(voxels)

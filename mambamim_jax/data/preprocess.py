@@ -40,8 +40,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: ``store`` (folder), ``record`` (file of the record), ``id``, ``source``, ``images``, ``label``
-            (or None), ``spacing`` (mm), ``window`` (HU), ``intensity``: "hu" (left out) or
-            "zscore", and ``labels``: "nearest" (left out) or "volume".
+            (or None); and ``spacing``, ``window``, ``encoding``, ``intensity`` and ``labels`` of ``store.prepare``.
 
     Raises:
         OSError: the store can't be written; nothing half-written is left.
@@ -80,7 +79,7 @@ def stamp(paths: list[str]) -> list[list[int] | None]:
 
 
 def _preprocess(job: dict[str, Any]) -> dict[str, Any]:
-    normalised = job.get("intensity", "hu") != "hu"
+    normalised = job["intensity"] != "hu"
     if len(job["images"]) != 1 and not normalised:
         raise VolumeError("several_channels", job["images"][0], f"{len(job['images'])} channels, CT has one")
     read = [_read(path) for path in job["images"]]
@@ -150,7 +149,7 @@ def _with_label(
 ) -> Parts:
     meta |= {"label": refusal or ("ok" if label else "none")}
     if label is not None:
-        parts |= {"label": _resample_label(label, tuple(job["spacing"]), job.get("labels", "nearest"))}
+        parts |= {"label": _resample_label(label, tuple(job["spacing"]), job["labels"])}
         meta |= {"label_values": np.unique(label.voxels).astype(int).tolist()}
     return parts, meta
 

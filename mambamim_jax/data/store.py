@@ -180,7 +180,7 @@ def prepare(
 
     Raises:
         DataLossError: none usable, or more than ``max_lost`` refused.
-        StoreError: the store was made with another spacing or window, or can't be written.
+        StoreError: the store was made with other settings, or can't be written.
     """
     folder = Path(folder)
     try:
@@ -189,12 +189,11 @@ def prepare(
         raise StoreError(str(error)) from None
     spec: dict[str, Any] = {
         "version": VERSION,
-        "spacing": list(map(float, spacing)),
-        "window": list(map(float, window)),
+        "encoding": encoding,
+        "intensity": intensity,
+        "labels": labels,
     }
-    spec["encoding"] = encoding
-    spec |= {"intensity": intensity} if intensity != "hu" else {}
-    spec |= {"labels": labels} if labels != "nearest" else {}
+    spec |= {"spacing": list(map(float, spacing)), "window": list(map(float, window))}
     try:
         with builder.locked(folder):
             builder.check_spec(folder, spec)

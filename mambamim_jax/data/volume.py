@@ -69,9 +69,7 @@ class VolumeError(ValueError):
 
 @dataclass(frozen=True)
 class Volume:
-    """Voxels (i, j, k) as stored, any number type; their value is ``slope * voxel + intercept`` (HU for
-    CT).
-    """
+    """Voxels (i, j, k) as stored, any number type; their value is ``slope * voxel + intercept``, HU for CT."""
 
     voxels: NumpyArray
     affine: NumpyArray
@@ -83,6 +81,11 @@ class Volume:
         """Distance in mm between neighbours along each stored axis."""
         i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0)
         return float(i), float(j), float(k)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the stored voxels are the values."""
+        return self.slope == 1 and self.intercept == 0
 
     def values(self) -> NumpyArray:
         """All voxels with slope and intercept applied, float32 (i, j, k)."""
@@ -113,8 +116,7 @@ def straight_axes(
 
 
 def same_grid(a: Volume, b: Volume, tolerance: float = 0.5) -> bool:
-    """Whether two volumes cover the same voxels in space, whatever order and direction their axes are stored
-    in.
+    """Whether two volumes cover the same voxels in space, in whatever order and direction they are stored.
 
     ``tolerance`` is in mm, at the farthest corner.
     """
@@ -206,8 +208,7 @@ def _fill(volume: Volume, positions: list[NumpyArray], label: bool, out: NumpyAr
     Neighbours are gathered and mixed, axis by axis: faster than matrix products with the banded weights, and
     free of BLAS threads that fight over busy cores.
     """
-    plain = volume.slope == 1 and volume.intercept == 0
-    copied = label or (plain and all((p == np.rint(p)).all() for p in positions))  # nothing to interpolate
+    copied = label or (volume.plain and all((p == np.rint(p)).all() for p in positions))
     planes = _nearest_planes(volume, positions) if copied else _mixed_planes(volume, positions)
     slab: NumpyArray = np.empty((_SLAB, *out.shape[1:]), out.dtype)
     for start in range(0, len(out), _SLAB):
@@ -248,12 +249,11 @@ def _nearest_planes(volume: Volume, positions: list[NumpyArray]) -> Iterator[Num
     """Planes (j, i) of the nearest voxels, one per position (whole numbers) along k."""
     slices = volume.voxels.transpose(2, 1, 0)
     i, j, k = (p.astype(np.intp) for p in positions)
-    plain = volume.slope == 1 and volume.intercept == 0
     seen, plane = -1, np.empty(0)
     for n in k.tolist():
         if n != seen:
             plane = slices[n].take(j, 0).take(i, 1)
-            plane = plane if plain else plane * volume.slope + volume.intercept
+            plane = plane if volume.plain else plane * volume.slope + volume.intercept
             seen = n
         yield plane
 
@@ -310,9 +310,7 @@ def window_intensity(
 
 
 def foreground_box(hu: NumpyArray, low: float) -> NumpyArray | None:
-    """Smallest box holding every voxel above ``low`` HU: int64 (2, 3), first and one past the last; None if
-    none.
-    """
+    """Smallest box holding every voxel above ``low`` HU: int64 (2, 3), first and one past the last; or None."""
     over_d = hu.max(axis=2)
     reach = (over_d.max(axis=1), over_d.max(axis=0), hu.max(axis=(0, 1)))
     inside = [np.flatnonzero(values > low) for values in reach]

@@ -89,5 +89,5 @@ def test_what_cannot_be(prepared, tmp_path):
         prepare(source, tmp_path / "a")
     with pytest.raises(store.DataLossError, match="2 channels, CT has one"):
         prepare(source, tmp_path / "b", intensity="hu")
-    with pytest.raises(store.StoreError, match="made with intensity zscore, asked for None"):
+    with pytest.raises(store.StoreError, match="made with intensity zscore, asked for hu"):
         prepare(source, prepared.folder, intensity="hu")

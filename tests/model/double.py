@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from mambamim_jax.bench.torch_baseline import _on_this_device, _quiet, build_pretraining, build_segmenter
+from mambamim_jax.bench.torch_baseline import build_pretraining, build_segmenter, on_this_device, quiet
 
 from .goldens import GOLDENS, part, read
 
@@ -74,7 +74,7 @@ def pretrain(path: str) -> dict[str, np.ndarray]:
 def main() -> None:
     """Writes both files."""
     for name, run in (("segment", segment), ("pretrain_released", pretrain)):
-        with all_double(), _on_this_device(), _quiet():
+        with all_double(), on_this_device(), quiet():
             found = run(sys.argv[1])
         golden, _ = read(name)
         worst = max(
