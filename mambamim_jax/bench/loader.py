@@ -53,10 +53,9 @@ class Reading:
         self._iterator: Any = None
 
     def prepare(self) -> None:
-        """Not timed: empty the page cache, start the threads or processes, use up what they read ahead."""
+        """Not timed: empty or fill the page cache, start the threads or processes, use up what they read ahead."""
         self._iterator = None
-        if self._cold:
-            forget(self._loader.store.folder)
+        (forget if self._cold else remember)(self._loader.store.folder)
         self._iterator = iter(self._loader)
         self._iterator.set_state(self._iterator.get_state() | {"examples": self._examples})
         if self._loader.workers:
@@ -105,6 +104,15 @@ def forget(folder: Path) -> None:
             descriptor = os.open(path, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
+
+
+def remember(folder: Path) -> None:
+    """Have a store's files in the page cache, which a cold side may have emptied."""
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            with open(path, "rb", buffering=0) as file:
+                while file.read(2**22):
+                    pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Organ volumes that survive the resampling of a label map.
 
 The nearest voxel keeps an organ's volume only on average: from 4 to 1.5 mm every stored voxel becomes two or three
-along each axis, by where it lies, and small organs come out up to a sixth too small or too large. Where that is more
+along each axis, by where it lies, and small organs come out up to a quarter too small or too large. Where that is more
 than a tolerance, voxels on the border between the organ and the background change sides, those that trilinear
 interpolation is least sure of first, until the volume is right. All else stays the nearest voxel's.
 """
