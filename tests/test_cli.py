@@ -73,5 +73,8 @@ def test_a_store_of_another_spacing_ends_with_one_line(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
-    assert "made with spacing [6.0, 6.0, 6.0] mm, asked for [4.0, 4.0, 4.0]" in done.stderr
+    assert (
+        "made with spacing [6.0, 6.0, 6.0] mm, asked for [4.0, 4.0, 4.0]; set --config.data.spacing"
+        in done.stderr
+    )
     assert done.stderr.count("\n") == 1
