@@ -252,11 +252,9 @@ def open_or_prepare(
         store = open_store(sources[0])
         asked = [float(s) for s in options.get("spacing", store.spec["spacing"])]
         if asked != store.spec["spacing"]:
-            made = store.spec["spacing"]
-            raise StoreError(
-                f"{sources[0]}: made with spacing {made} mm, asked for {asked}; set --config.data.spacing to the store's, "
-                "or preprocess into another"
-            )
+            found = f"made with spacing {store.spec['spacing']} mm, asked for {asked}"
+            advice = "set --config.data.spacing to the store's, or preprocess into another"
+            raise StoreError(f"{sources[0]}: {found}; {advice}")
         return store
     return prepare([case for one in sources for case in discover(one, format)], folder, **options)
 
