@@ -7,8 +7,13 @@ from typing import Any
 
 import jax
 
-_ON_CPU: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-"""The order of operations that keeps least alive; the default one keeps more for the sake of running two at once."""
+_ON_CPU: dict[str, str | bool] = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_cpu_experimental_ynn_fusion_type": "",
+}
+"""The order of operations that keeps least alive, where the default one keeps more for the sake of running two at
+once; and matrix products by Eigen, which runs a batched product on all cores if each is large enough (`winograd`),
+where the library that XLA prefers, YNNPACK, runs it on one."""
 
 
 def compile_lean(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

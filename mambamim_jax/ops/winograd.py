@@ -27,6 +27,10 @@ _REACH = TILE + 2
 _POINTS = _REACH**3
 _SLAB_BYTES = 8 * 2**20
 """Transformed copies of one slab, if the transformed kernel isn't larger: a share of a last-level cache."""
+_PARALLEL = 1.75e6
+"""Multiplications of one product from which XLA's library (Eigen) runs it on two threads; measured."""
+_WIDE = 64**2
+"""Entries of a kernel's gradient from which a second thread gains more than a larger slab costs; measured."""
 
 
 # F(2,3) at the points 0, 1, -1 and infinity.
@@ -58,7 +62,7 @@ def convolve(x: Array, kernel: Array) -> Array:
     x = _to_whole_tiles(x, 2)
     points = lax.optimization_barrier(_kernel_points(kernel.astype(wide)))
     sides = [m, *(side - 2 for side in x.shape[1:4])]
-    slab, starts = _slabs(sides, c, o)
+    slab, starts = _slabs(sides, c, o, enough=_PARALLEL / (c * o))
 
     def add(step: Array, y: Array) -> Array:
         start = starts(step)
@@ -76,7 +80,7 @@ def kernel_gradient(x: Array, g: Array) -> Array:
     c, o = x.shape[-1], g.shape[-1]
     wide = jnp.promote_types(x.dtype, jnp.float32)
     x, g = _to_whole_tiles(x, 2), _to_whole_tiles(g, 0)
-    slab, starts = _slabs(g.shape[:4], c, o)
+    slab, starts = _slabs(g.shape[:4], c, o, enough=_PARALLEL / (c * o) if c * o >= _WIDE else 1)
 
     def add(step: Array, total: Array) -> Array:
         start = starts(step)
@@ -97,13 +101,11 @@ def _to_whole_tiles(x: Array, border: int) -> Array:
     return jnp.pad(x, ((0, 0), *missing, (0, 0))) if any(after for _, after in missing) else x
 
 
-def _slabs(sides: Sequence[int], c: int, o: int):
+def _slabs(sides: Sequence[int], c: int, o: int, enough: float):
     """Outputs (m, h, w, d) of one slab, all of d, and the function from a slab's number to where it starts."""
     limit = max(_SLAB_BYTES, 2 * _POINTS * c * o * 4) / (_POINTS * (c + o) * 4)
     m, h, w, d = sides[0], *(side // TILE for side in sides[1:])
-    across = largest_divisor(w, limit / d)
-    rows = largest_divisor(h, limit / (d * w)) if across == w else 1
-    samples = largest_divisor(m, limit / (d * w * h)) if across * rows == w * h else 1
+    across, rows, samples = _slab_tiles((m, h, w, d), limit, enough)
     counts = (m // samples, h // rows, w // across)
     slab = (samples, TILE * rows, TILE * across, sides[3])
 
@@ -112,6 +114,24 @@ def _slabs(sides: Sequence[int], c: int, o: int):
         return i * slab[0], j * slab[1], step % counts[2] * slab[2], 0, 0
 
     return slab, starts
+
+
+def _slab_tiles(tiles: Sequence[int], limit: float, enough: float) -> tuple[int, int, int]:
+    """Tiles of a slab along (w, h, m), with all of d: the most within the limit, or if too few the fewest enough."""
+    m, h, w, d = tiles
+    slabs = (
+        [(n, 1, 1) for n in _divisors(w)]
+        + [(w, n, 1) for n in _divisors(h)]
+        + [(w, h, n) for n in _divisors(m)]
+    )
+    within = max((slab for slab in slabs if d * math.prod(slab) <= limit), key=math.prod, default=slabs[0])
+    if d * math.prod(within) >= enough:
+        return within
+    return min((slab for slab in slabs if d * math.prod(slab) >= enough), key=math.prod, default=slabs[-1])
+
+
+def _divisors(total: int) -> list[int]:
+    return [n for n in range(1, total + 1) if total % n == 0]
 
 
 def largest_divisor(total: int, limit: float) -> int:
