@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from mambamim_jax.train.logs import read_rows
+from tests import compiled
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -56,7 +57,7 @@ def start(workdir, config, processes=1, devices=1, line=tiny):
     """Starts the processes of one run, ``devices`` each; what they print goes to WORKDIR/log.N.txt."""
     workdir.mkdir(exist_ok=True)
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    environment["XLA_FLAGS"] = compiled.devices(devices)
     environment["PYTHONPATH"] = str(ROOT)
     started, address = [], f"127.0.0.1:{free_port()}"
     name = "coordinator" if line is tiny else "distributed.coordinator"

@@ -1,6 +1,12 @@
-"""Order of the tests: files with slow ones first, so that several workers end at about the same time."""
+"""How tests are compiled; their order: files with slow ones first, so that workers end at about the same time."""
+
+import os
 
 import pytest
+
+from tests.compiled import quick
+
+os.environ.setdefault("XLA_FLAGS", quick())
 
 
 def pytest_configure(config: pytest.Config) -> None:

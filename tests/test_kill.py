@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("MAMBAMIM_KILLS", "3"))
 SEED = int(os.environ.get("MAMBAMIM_KILL_SEED", str(random.SystemRandom().randrange(10**6))))
 STEPS = 6 + 2 * KILLS
+AS_A_USER = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 CONFIG = {
     "steps": STEPS,
     "data.crop": (32, 32, 32),
@@ -38,7 +39,9 @@ def start(workdir):
     overrides = [f"--config.{key}={value}" for key, value in CONFIG.items()]
     command = [sys.executable, "launch/pretrain.py", "--config=configs/pretrain.py:demo", *overrides]
     with open(workdir / "log.txt", "ab") as log:
-        return subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, stdout=log, stderr=log)
+        return subprocess.Popen(
+            [*command, f"--workdir={workdir}"], cwd=ROOT, env=AS_A_USER, stdout=log, stderr=log
+        )
 
 
 def moment(rng, workdir):

@@ -16,7 +16,6 @@ from mambamim_jax.model.vision_mamba import VisionMamba
 
 from .goldens import functional
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SMALL = {
     "hymamba": {"channels": (4, 6, 8, 12, 24), "depths": (1, 1, 1, 1), "mamba_depth": 1},
     "vision_mamba": {"channels": (6, 8, 12, 24, 24), "mamba_depth": 4, "feature_depths": (1, 2, 3, 4)},
@@ -36,13 +35,13 @@ def test_hidden_voxels_reach_nothing(name):
     image = jax.random.uniform(jax.random.key(2), (2, *CROP, 1))
     hidden = ~mask.upsampled(16)[..., None]
     merge = functional(lambda: build(name))
-    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(build(name))), compiler_options=QUICK)()
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(build(name))))()
 
     def run(p, x):
         mim = merge(p)
         return mim.encoder(x, mask), mim(x, mask)
 
-    run = jax.jit(run, compiler_options=QUICK)
+    run = jax.jit(run)
     features, y = run(params, image)
     assert y.shape == image.shape
     strides = [CROP[0] // f.shape[1] for f in features]

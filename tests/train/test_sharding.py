@@ -16,6 +16,7 @@ from mambamim_jax.settings import MeshConfig, PretrainConfig
 from mambamim_jax.train.optim import paths
 from mambamim_jax.train.pretrain import mim_task
 from mambamim_jax.train.sharding import divide, make_placement
+from tests import compiled
 
 ROOT = Path(__file__).parents[2]
 FEW = ("4,1,1", "1,1,8", "2,2,2", "2,1,1,4", "1,2,1,2")
@@ -39,7 +40,7 @@ def on_fake_devices(*arguments: str, **variables: str) -> list[dict]:
         os.environ
         | variables
         | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+            "XLA_FLAGS": compiled.devices(8),
             "JAX_PLATFORMS": "cpu",
         }
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import compiled
+
 SCRIPT = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
@@ -50,7 +52,7 @@ with triton.interpreted(), mosaic.interpreted():
 def test_shards_without_gathering(name, axes):
     root = Path(__file__).parents[3]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": compiled.devices(4),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(root),
     }
