@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mambamim_jax.lean import products_on_all_cores
 from mambamim_jax.types import Array, NumpyArray, Size3, Tree
 
 Network: TypeAlias = Callable[[Tree, Array], Array]
@@ -158,7 +159,7 @@ def _compiled(network: Network, flipping: bool) -> Callable[..., Array]:
         y = flip(network(params, flip(x, turn)), turn) if flipping else network(params, x)
         return y.astype(jnp.float32)
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=products_on_all_cores())
 
 
 class _Slab:
