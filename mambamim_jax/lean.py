@@ -7,24 +7,20 @@ from typing import Any
 
 import jax
 
-Options = dict[str, str | bool]
-_PRODUCTS: Options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-"""Matrix products by Eigen, which runs a batched one on all cores if each of the batch is large enough (`winograd`);
-YNNPACK, which XLA prefers, runs it on one."""
-_LITTLE_MEMORY: Options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-"""The order of operations that keeps least alive; the default one keeps more for the sake of running two at once."""
-
-
-def products_on_all_cores() -> Options:
-    """Options for `jax.jit` under which a CPU's matrix products run on all cores; none elsewhere."""
-    return _PRODUCTS if jax.default_backend() == "cpu" else {}
+_ON_CPU: dict[str, str | bool] = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_cpu_experimental_ynn_fusion_type": "",
+}
+"""The order of operations that keeps least alive, where the default one keeps more for the sake of running two at
+once; and matrix products by Eigen, which runs a batched one on all cores if each of the batch is large enough
+(`winograd`), where YNNPACK, which XLA prefers, runs it on one."""
 
 
 def compile_lean(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """The compiled program, memory that compiling took given back before it runs."""
     if jax.default_backend() != "cpu":
         return lowered.compile()
-    compiled = lowered.compile(compiler_options=_PRODUCTS | _LITTLE_MEMORY)
+    compiled = lowered.compile(compiler_options=_ON_CPU)
     _give_back()
     return compiled
 

@@ -61,10 +61,10 @@ def ours(
     def once(inputs: ScanInputs) -> Any:
         if launch is not None:
             saved: Any
-            y, last, saved = triton.forward(inputs, False, mode != "forward", launch=launch)
+            y, _, saved = triton.forward(inputs, False, mode != "forward", launch=launch)
             if mode == "forward":
                 return y
-            return y, triton.backward(inputs, saved, y, jnp.zeros_like(last), False, launch=launch)
+            return y, triton.backward(inputs, saved, y, None, False, launch=launch)
         arrays: Any = inputs[:8]
         if mode == "forward":
             return scan(*arrays, implementation=name)

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mambamim_jax.lean import products_on_all_cores
 from mambamim_jax.types import Array, NumpyArray, Size3, Tree
 
 Network: TypeAlias = Callable[[Tree, Array], Array]
@@ -159,7 +158,7 @@ def _compiled(network: Network, flipping: bool) -> Callable[..., Array]:
         y = flip(network(params, flip(x, turn)), turn) if flipping else network(params, x)
         return y.astype(jnp.float32)
 
-    return jax.jit(run, compiler_options=products_on_all_cores())
+    return jax.jit(run)
 
 
 class _Slab:

@@ -88,41 +88,48 @@ def selective_scan(
     name = _choose(inputs) if implementation == "auto" else implementation
     if name == "pallas_mosaic":
         _require_mosaic(inputs)
+    last: Array | None
     if name in PLAIN:
         y, last = PLAIN[name](inputs, reverse)
     elif name in KERNELS:
-        y, last = _scan_parts(name, reverse, inputs)
+        y, last = _scan_parts(name, reverse, return_last_state, inputs)
     else:
         expected = f"expected one of {IMPLEMENTATIONS}"
         raise ValueError(f"selective_scan: unknown implementation {name!r}, {expected}")
-    return (y, last) if return_last_state else y
+    return (y, cast(Array, last)) if return_last_state else y
 
 
-def _scan_parts(name: str, reverse: bool, inputs: ScanInputs) -> tuple[Array, Array]:
+def _scan_parts(name: str, reverse: bool, keep: bool, inputs: ScanInputs) -> tuple[Array, Array | None]:
     """`_kernel_scan`, on a mesh every device its rows and channels: the compiler cannot look into a kernel."""
     if partition.ambient() is None or not name.startswith("pallas"):
-        return _kernel_scan(name, reverse, inputs)
+        return _kernel_scan(name, reverse, keep, inputs)
     (b, _, e), P, of = inputs.u.shape, PartitionSpec, cast(Any, ScanInputs)
     rows, width = partition.rows(b), partition.width(e)
     tokens, shared, channels, state = P(rows, None, width), P(rows), P(width), P(rows, width)
     specs = of(tokens, tokens, channels, shared, shared, channels, tokens, channels, state)
     given = of(*(None if array is None else spec for array, spec in zip(inputs, specs)))
-    scan = functools.partial(_kernel_scan, name, reverse)
-    return jax.shard_map(scan, in_specs=(given,), out_specs=(tokens, state), check_vma=False)(inputs)
+    scan = functools.partial(_kernel_scan, name, reverse, keep)
+    found = (tokens, state if keep else None)
+    return jax.shard_map(scan, in_specs=(given,), out_specs=found, check_vma=False)(inputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _kernel_scan(name: str, reverse: bool, inputs: ScanInputs) -> tuple[Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _kernel_scan(name: str, reverse: bool, keep: bool, inputs: ScanInputs) -> tuple[Array, Array | None]:
+    """y and, with ``keep``, the last state."""
     y, last, _ = KERNELS[name].forward(inputs, reverse, save=False)
-    return y, last
+    return y, last if keep else None
 
 
-def _kernel_scan_forward(name: str, reverse: bool, inputs: ScanInputs) -> tuple[tuple[Array, Array], tuple]:
+def _kernel_scan_forward(
+    name: str, reverse: bool, keep: bool, inputs: ScanInputs
+) -> tuple[tuple[Array, Array | None], tuple]:
     y, last, saved = KERNELS[name].forward(inputs, reverse, save=True)
-    return (y, last), (inputs, saved)
+    return (y, last if keep else None), (inputs, saved)
 
 
-def _kernel_scan_backward(name: str, reverse: bool, residuals: tuple, cotangents: tuple) -> tuple[ScanInputs]:
+def _kernel_scan_backward(
+    name: str, reverse: bool, keep: bool, residuals: tuple, cotangents: tuple
+) -> tuple[ScanInputs]:
     inputs, saved = residuals
     return (like_inputs(KERNELS[name].backward(inputs, saved, *cotangents, reverse), inputs),)
 

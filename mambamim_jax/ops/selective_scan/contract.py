@@ -5,7 +5,8 @@ An implementation is a module with two functions:
     forward(inputs, reverse, save)               -> y, last_state, saved
     backward(inputs, saved, dy, dlast, reverse)  -> ScanInputs of gradients
 
-``saved`` is whatever that module's ``backward`` needs beyond the inputs, ``None`` where ``save`` is false.
+``saved`` is whatever that module's ``backward`` needs beyond the inputs, ``None`` where ``save`` is false;
+``dlast`` is ``None`` where nobody asked for the last state.
 Gradients have their input's shape; their dtype, and those of inputs that are ``None``, do not matter.
 """
 
@@ -38,6 +39,12 @@ def in_state_dtype(inputs: ScanInputs) -> ScanInputs:
     given = [x.dtype for x in inputs if x is not None]
     dtype = jnp.float64 if jnp.dtype(jnp.float64) in given else jnp.float32
     return jax.tree.map(lambda x: x.astype(dtype), inputs)
+
+
+def last_gradient(dlast: Array | None, inputs: ScanInputs) -> Array:
+    """The gradient of the last state (b, e, n), zeros where nobody asked for that state."""
+    shape = inputs.u.shape[0], *inputs.A.shape
+    return jnp.zeros(shape, inputs.A.dtype) if dlast is None else dlast
 
 
 def like_inputs(gradients: ScanInputs, inputs: ScanInputs) -> ScanInputs:

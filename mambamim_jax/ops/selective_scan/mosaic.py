@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mambamim_jax.ops.selective_scan import mosaic_kernels as kernels
 from mambamim_jax.ops.selective_scan import triton
-from mambamim_jax.ops.selective_scan.contract import ScanInputs
+from mambamim_jax.ops.selective_scan.contract import ScanInputs, last_gradient
 from mambamim_jax.types import Array
 
 CHUNK = 2
@@ -63,12 +63,17 @@ def forward(inputs: ScanInputs, reverse: bool, save: bool) -> tuple[Array, Array
     return _cut(out["y"], length, width, reverse), out["last"][..., :width].mT, out.get("saved")
 
 
-def backward(inputs: ScanInputs, saved: Array, dy: Array, dlast: Array, reverse: bool) -> ScanInputs:
+def backward(inputs: ScanInputs, saved: Array, dy: Array, dlast: Array | None, reverse: bool) -> ScanInputs:
     """Gradients; sums over samples and programs are left to XLA."""
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
     f, walk = _padded(inputs, reverse)
     e = f.u.shape[2]
-    given = {**_arrays(f), "dy": _pad(dy, walk, e), "saved": saved, "dlast": _wide(dlast.mT, e)}
+    given = {
+        **_arrays(f),
+        "dy": _pad(dy, walk, e),
+        "saved": saved,
+        "dlast": _wide(last_gradient(dlast, f).mT, e),
+    }
     parts = e // kernels.CHANNELS
     outputs = {
         "du": jax.ShapeDtypeStruct(f.u.shape, f.u.dtype),

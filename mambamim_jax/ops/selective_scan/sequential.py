@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mambamim_jax.ops.selective_scan.contract import ScanInputs, in_state_dtype
+from mambamim_jax.ops.selective_scan.contract import ScanInputs, in_state_dtype, last_gradient
 from mambamim_jax.types import Array
 
 CHUNK = 16
@@ -34,13 +34,13 @@ def forward(inputs: ScanInputs, reverse: bool, save: bool) -> tuple[Array, Array
     return y.astype(inputs.u.dtype), last.mT, saved if save else None
 
 
-def backward(inputs: ScanInputs, saved: Array, dy: Array, dlast: Array, reverse: bool) -> ScanInputs:
+def backward(inputs: ScanInputs, saved: Array, dy: Array, dlast: Array | None, reverse: bool) -> ScanInputs:
     """Gradients, chunk by chunk from the last one run.
 
     With G_t the gradient of h_t:  G_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}.
     """
     f = in_state_dtype(inputs)
-    dy, dlast = dy.astype(f.u.dtype), dlast.astype(f.u.dtype).mT
+    dy, dlast = dy.astype(f.u.dtype), last_gradient(dlast, f).astype(f.u.dtype).mT
     g, dAt, du, ddelta, dz, dB, dC = _backward(_Walk(f, reverse), saved, dy, dlast)
     dgated = dy if f.z is None else dy * jax.nn.silu(f.z)
     return ScanInputs(

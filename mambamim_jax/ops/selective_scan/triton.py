@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as pltriton
 from mambamim_jax.ops.selective_scan import triton_kernels as kernels
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
 from mambamim_jax.ops.selective_scan.triton_math import LANES
-from mambamim_jax.ops.selective_scan.triton_program import QUAD, SET, Program, Walk
+from mambamim_jax.ops.selective_scan.triton_program import PLACES, QUAD, SET, STRIDE, Program, Walk
 from mambamim_jax.ops.selective_scan.tuning import Launch, launch_for
 from mambamim_jax.types import Array
 
@@ -58,7 +58,7 @@ def refusal(inputs: ScanInputs, platform: str, capability: str) -> str | None:
 def forward(
     inputs: ScanInputs, reverse: bool, save: bool, launch: Launch | None = None
 ) -> tuple[Array, Array, Array | None]:
-    """`reference.scan`; with ``save`` also the state before every chunk (b, chunks, vectors of a lane, lanes)."""
+    """`reference.scan`; with ``save`` also what `Program.put_saved` stores before every second chunk."""
     launch = launch or _default_launch()
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
     f = _padded(inputs, launch, save)
@@ -66,8 +66,8 @@ def forward(
     e, states = f.u.shape[2], f.A.shape[1]
     outputs = {"y": _flat(f.u), "last": _float(segments, b, states, e)}
     if save:
-        vectors, lanes = states // QUAD * walk.channels, _programs(f, walk) * walk.block
-        outputs["saved"] = _float(b, -(-length // walk.chunk), vectors, lanes)
+        count, fours = -(-length // (walk.chunk * STRIDE)), states // SET * walk.channels
+        outputs["saved"] = _float(b, count, fours, _programs(f, walk) * walk.block, QUAD)
     first = None if f.initial_state is None else f.initial_state.astype(jnp.float32).mT
     entries = _entries(f, None, first, walk, segments)
     out = _launch(
@@ -82,44 +82,48 @@ def forward(
 
 
 def backward(
-    inputs: ScanInputs, saved: Array, dy: Array, dlast: Array, reverse: bool, launch: Launch | None = None
+    inputs: ScanInputs,
+    saved: Array,
+    dy: Array,
+    dlast: Array | None,
+    reverse: bool,
+    launch: Launch | None = None,
 ) -> ScanInputs:
     """Gradients; sums over samples, segments and warps are left to XLA, so that no atomics are needed."""
     launch = launch or _default_launch()
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
     f = _padded(inputs, launch, True)
     e, states = f.u.shape[2], f.A.shape[1]
-    dy, dlast = _widen(dy, e), _pad(dlast.mT, (states, e))
+    dy, dlast = _widen(dy, e), None if dlast is None else _pad(dlast.mT, (states, e))
     walk, segments = _walk(f, launch, True, launch.backward_warps, reverse)
     lanes = _programs(f, walk) * walk.block
     outputs = {
         "du": _flat(f.u),
         "ddelta": _flat(f.delta),
-        "dBC": _float(b, length, states // SET * lanes),
-        "dA": _float(segments, b, states, e),
-        "dfirst": _float(segments, b, states, e),
-        "dbias": _float(segments, b, e),
+        "dBC": _tokens((b, length * states // SET * lanes), jnp.float32),
+        "sums": _float(segments, b, states + 2, e),
     }
     if f.z is not None:
         outputs["dz"] = _flat(f.z)
-    if f.D is not None:
-        outputs["dD"] = _float(segments, b, e)
+    if f.initial_state is not None:
+        outputs["dfirst"] = _float(segments, b, states, e)
     entries = _entries(f, dy, dlast, walk, segments)
-    given = {**_arrays(f), "dy": dy.reshape(b, -1), "saved": saved, "dlast": entries}
+    given = {**_arrays(f), "dy": _rows(dy), "saved": saved, "dlast": entries}
     out = _launch(kernels.backward, "backward", walk, (_programs(f, walk), b, segments), given, outputs)
     wide = {k: out[k].reshape(f.u.shape)[..., :width] for k in ("du", "ddelta", "dz") if k in out}
+    totals = jnp.sum(out["sums"], axis=(0, 1))[:, :width]
     sums = jnp.sum(out["dBC"].reshape(b, length, -1, lanes // LANES, LANES), axis=3)
     dB, dC = (x.reshape(b, length, states)[..., :n] for x in jnp.split(sums, 2, axis=3))
     return ScanInputs(
         u=wide["du"],
         delta=wide["ddelta"],
-        A=jnp.sum(out["dA"], axis=(0, 1)).mT[:width, :n],
+        A=totals[:n].mT,
         B=dB,
         C=dC,
-        D=jnp.sum(out["dD"], axis=(0, 1))[:width] if "dD" in out else None,
+        D=None if f.D is None else totals[states + 1],
         z=wide.get("dz"),
-        delta_bias=jnp.sum(out["dbias"], axis=(0, 1))[:width],
-        initial_state=out["dfirst"][0, :, :n, :width].mT,
+        delta_bias=totals[states],
+        initial_state=out["dfirst"][0, :, :n, :width].mT if "dfirst" in out else None,
     )
 
 
@@ -181,7 +185,10 @@ def _walk(f: ScanInputs, launch: Launch, save: bool, warps: int, reverse: bool) 
     chunks, warp = -(-length // chunk), LANES // QUAD * channels
     wanted = min(launch.fill * warp // (b * e), length // launch.shortest)
     per_segment = -(-chunks // max(wanted, 1))
+    if save:
+        per_segment = -(-per_segment // STRIDE) * STRIDE
     walk = Walk(
+        samples=b,
         length=length,
         chunk=chunk,
         channels=channels,
@@ -199,18 +206,25 @@ def _programs(f: ScanInputs, walk: Walk) -> int:
 
 
 def _arrays(f: ScanInputs) -> dict[str, Array | None]:
-    """The inputs by the kernels' names, A as (n, e), arrays of tokens with one after the other (b, l e), (b, l n)."""
-    flat = {
-        k: x.reshape(x.shape[0], -1)
-        for k in ["u", "delta", "z", "B", "C"]
-        if (x := getattr(f, k)) is not None
-    }
-    return {**flat, "D": f.D, "delta_bias": f.delta_bias, "A": f.A.astype(jnp.float32).mT}
+    """The inputs by the kernels' names."""
+    rows = {k: _rows(x) for k in ("u", "delta", "z", "B", "C") if (x := getattr(f, k)) is not None}
+    return {**rows, "D": f.D, "delta_bias": f.delta_bias, "A": f.A.astype(jnp.float32)}
+
+
+def _rows(x: Array) -> Array:
+    """An array of tokens as the kernels have it."""
+    return x.reshape(_flat(x).shape)
 
 
 def _flat(x: Array) -> jax.ShapeDtypeStruct:
-    """The shape of an array of tokens as the kernels have it."""
-    return jax.ShapeDtypeStruct((x.shape[0], x.shape[1] * x.shape[2]), x.dtype)
+    """The shape of an array of tokens as the kernels have it, one after the other."""
+    return _tokens((x.shape[0], x.shape[1] * x.shape[2]), x.dtype)
+
+
+def _tokens(rows: tuple[int, int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A row a sample, or flat where that makes few enough elements."""
+    size = rows[0] * rows[1]
+    return jax.ShapeDtypeStruct((size,) if size < PLACES else rows, dtype)
 
 
 def _float(*shape: int) -> jax.ShapeDtypeStruct:
@@ -231,7 +245,7 @@ def _entries(f: ScanInputs, dy: Array | None, edge: Array | None, walk: Walk, se
         "ends",
         walk,
         (_programs(f, walk), b, segments),
-        {**given, "dy": None if dy is None else dy.reshape(b, -1)},
+        {**given, "dy": None if dy is None else _rows(dy)},
         {"end": _float(segments, b, n, e), "total": _float(segments, b, e)},
     )
     combined = _launch(

@@ -5,10 +5,20 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from mambamim_jax.ops.selective_scan.triton_math import LOG2E
-from mambamim_jax.ops.selective_scan.triton_program import Chunk, Data, Group, Program, State, Vectors
+from mambamim_jax.ops.selective_scan.triton_program import (
+    QUAD,
+    STRIDE,
+    Chunk,
+    Data,
+    Group,
+    Program,
+    State,
+    Vectors,
+)
 from mambamim_jax.types import Array
 
 Carry = tuple[State, State, Array, Array]
@@ -32,14 +42,14 @@ def over_channels(p: Program, state: State, weights: Vectors) -> Vectors:
 
 
 def forward(p: Program) -> None:
-    """y and the last state; also the state before every chunk, where there is a ref ``saved`` for it."""
+    """y and the last state; also the state before every second chunk, where there is a ref ``saved`` for it."""
 
     def read(chunk: Chunk) -> Data:
         return chunk.read(("u", "delta", "z", "B", "C"))
 
     def body(chunk: Chunk, data: Data, h: State) -> State:
         if "saved" in p.refs:
-            p.put_saved(chunk.index, h)
+            pl.when(chunk.index % STRIDE == 0)(lambda: p.put_saved(chunk.index // STRIDE, h))
         for group in chunk.groups(data):
             parts = []
             for turn in group.turns:
@@ -114,12 +124,25 @@ class Trail(NamedTuple):
 def backward(p: Program) -> None:
     """Gradients of one segment, from its last chunk to its first.
 
-    A chunk's states are recomputed from the saved one and stay in registers. G is the gradient of the state:
-    G_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}.
+    A chunk's states are recomputed from the one before it and stay in registers; where that was not saved, it is
+    found by walking through the chunk before. G is the gradient of the state: G_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}.
     """
 
-    def read(chunk: Chunk) -> tuple[State, Data]:
-        return p.saved(chunk.index), chunk.read(("u", "delta", "z", "dy", "B", "C"))
+    def read(chunk: Chunk) -> tuple[State, Data, Data]:
+        behind = chunk.before().read(("u", "delta", "B"))
+        return p.saved(chunk.index // STRIDE), behind, chunk.read(("u", "delta", "z", "dy", "B", "C"))
+
+    def settle(chunk: Chunk, data: tuple[State, Data, Data]) -> tuple[State, Data]:
+        saved, behind, rows = data
+
+        def walked() -> State:
+            h = saved
+            for group in chunk.before().groups(behind):
+                for turn in group.turns:
+                    h = group.step(h, turn)[1]
+            return h
+
+        return jax.lax.cond(chunk.index % STRIDE == 0, lambda: saved, walked), rows
 
     def body(chunk: Chunk, data: tuple[State, Data], carry: Carry) -> Carry:
         h, rows = data
@@ -136,11 +159,12 @@ def backward(p: Program) -> None:
         return carry
 
     start = p.state("dlast"), p.nothing(), p.zeros(), p.zeros()
-    g, dA, dD, dbias = p.fold(body, start, read, backwards=True)
-    p.put_state("dfirst", g)
-    p.put_state("dA", dA)
-    p.put_vector("dD", dD)
-    p.put_vector("dbias", dbias)
+    g, dA, dD, dbias = p.fold(body, start, read, settle, backwards=True)
+    if "dfirst" in p.refs:
+        p.put_state("dfirst", g)
+    p.put_state("sums", dA)
+    for row, vector in enumerate((dbias, dD)):
+        p.put_vector("sums", vector, len(p.states) * QUAD + row)
 
 
 def _group_gradients(p: Program, group: Group, trail: list[Trail], carry: Carry) -> Carry:

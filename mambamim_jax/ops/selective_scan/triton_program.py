@@ -27,6 +27,10 @@ from mambamim_jax.types import Array
 QUAD = 4
 SET = 16
 """States of a set: four lanes with four each."""
+STRIDE = 2
+"""Chunks from one saved state to the next."""
+PLACES = 2**30
+"""Arrays with fewer elements reach the kernels flat, see `Program.spot`."""
 
 Vectors = list[Array]
 State = list[Vectors]
@@ -36,8 +40,9 @@ State = list[Vectors]
 class Walk(NamedTuple):
     """Static facts of one launch."""
 
+    samples: int
     length: int  # tokens
-    chunk: int  # tokens unrolled in the kernel, between two saved states where there are any
+    chunk: int  # tokens unrolled in the kernel
     channels: int  # channels of a quad of lanes
     block: int  # lanes of a program
     per_segment: int  # chunks of a segment
@@ -63,8 +68,11 @@ class Program:
         first = self.block * (walk.block // QUAD * walk.channels)
         self.channel = first + lane // QUAD * walk.channels + lane % walk.channels
         self.turn = lane % QUAD // walk.channels
-        self.states = range(refs["A"].shape[0] // QUAD)
-        self.A = [[a * LOG2E for a in channel] for channel in self.natural(refs["A"])]
+        self.width, n = refs["A"].shape
+        self.states = range(n // QUAD)
+        self.A = [
+            [pltriton.load(refs["A"].at[c, row]) * LOG2E for row, c in places] for places in self._places()
+        ]
         self.bias, self.D = self._vector("delta_bias"), self._vector("D")
 
     def _vector(self, name: str) -> Array | None:
@@ -81,6 +89,18 @@ class Program:
     def natural(self, ref: Any, *at: Any) -> State:
         """The lanes' part of an array (..., n, e)."""
         return [[pltriton.load(ref.at[(*at, *place)]) for place in channel] for channel in self._places()]
+
+    def spot(self, name: str, first: Array, step: int = 0) -> Any:
+        """The ref of an array of tokens, a row a sample, at ``first + step`` in this program's row.
+
+        One that is flat gets its number cut to the bits it has anyway: no sum with a step can then overflow, as
+        the compiler sees, and steps become part of the instructions that load and store.
+        """
+        ref = self.refs[name]
+        if len(ref.shape) == 2:
+            return ref.at[self.sample, first + step]
+        row = self.sample * (ref.shape[0] // self.walk.samples)
+        return ref.at[(row + first & PLACES - 1) + step]
 
     def zeros(self) -> Array:
         """A vector of zeros (block,)."""
@@ -103,26 +123,27 @@ class Program:
             for place, vector in zip(places, vectors):
                 pltriton.store(self.refs[name].at[(*at, *place)], vector)
 
-    def put_vector(self, name: str, value: Array) -> None:
-        """Stores a sum over each lane's own tokens into an array (segments, b, e), where there is one."""
-        if name not in self.refs:
-            return
+    def put_vector(self, name: str, value: Array, *at: int) -> None:
+        """Stores a sum over each lane's own tokens into an array (segments, b, ..., e)."""
         bits = self.walk.channels
         while bits < QUAD:
             value, bits = value + self.math.exchange(value, bits), bits * 2
-        pltriton.store(self.refs[name].at[self.segment, self.sample, self.channel], value)
+        pltriton.store(self.refs[name].at[(self.segment, self.sample, *at, self.channel)], value)
 
     def put_saved(self, index: Array, value: State) -> None:
-        """Stores a state as the lanes have it, into (b, chunks, vectors, lanes)."""
-        for row, vector in enumerate(x for channel in value for x in channel):
-            self.refs["saved"][self.sample, index, row, self.lanes] = vector
+        """Stores a state as the lanes have it, into (b, saved, fours of vectors, lanes, 4)."""
+        vectors = [x for channel in value for x in channel]
+        for row in range(len(vectors) // QUAD):
+            a, b, c, d = vectors[row * QUAD : (row + 1) * QUAD]
+            four = jnp.stack((jnp.stack((a, c), -1), jnp.stack((b, d), -1)), -1).reshape(-1, QUAD)
+            self.refs["saved"][self.sample, index, row, self.lanes, :] = four
 
     def saved(self, index: Array) -> State:
         """What `put_saved` stored."""
         ref, count = self.refs["saved"], len(self.states)
-        return [
-            [ref[self.sample, index, k * count + i, self.lanes] for i in self.states] for k in self.channels
-        ]
+        fours = [ref[self.sample, index, row, self.lanes, :] for row in range(ref.shape[2])]
+        vectors = [x.reshape(-1) for four in fours for x in jnp.split(four, QUAD, axis=1)]
+        return [vectors[k * count : (k + 1) * count] for k in self.channels]
 
     def decays(self, deltas: Vectors) -> State:
         """exp(Δ A) of each channel and state."""
@@ -152,17 +173,26 @@ class Program:
         return [sum((self.math.exchange(x, QUAD * i) for i, x in enumerate(x) if i), x[0]) for x in sets]
 
     def put_sums(self, chunk: Chunk, i: int, dB: Vectors, dC: Vectors) -> None:
-        """Stores token i's gradients of B and C, sums after `over_quads`, into ``dBC`` (b, l, sets lanes)."""
-        ref, upper, bit = self.refs["dBC"], (self.lane & SET) != 0, SET
+        """Stores token i's gradients of B and C, sums after `over_quads`, into ``dBC`` (b, l sets lanes)."""
+        upper, bit, walk = (self.lane & SET) != 0, SET, self.walk
+        lanes = self.width // walk.channels * QUAD
         for s, (b, c) in enumerate(zip(dB, dC)):
             total = jnp.where(upper, c, b) + self.math.exchange(jnp.where(upper, b, c), bit)
-            cols = pl.ds(s * (ref.shape[2] // len(dB)) + self.block * self.walk.block, self.walk.block)
-            pltriton.store(ref.at[self.sample, chunk.at(i), cols], total, mask=chunk.inside(i))
+            first = chunk.at(0) * (lanes * len(dB)) + self.block * walk.block + self.lane
+            spot = self.spot("dBC", first, chunk.steps(i) * lanes * len(dB) + s * lanes)
+            pltriton.store(spot, total, mask=chunk.inside(i))
 
-    def fold(self, body: Any, carry: Any, read: Any, backwards: bool = False) -> Any:
-        """Folds ``body(chunk, data, carry)`` over the segment's chunks, with ``data = read(chunk)``.
+    def fold(
+        self,
+        body: Any,
+        carry: Any,
+        read: Any,
+        settle: Any = lambda chunk, data: data,
+        backwards: bool = False,
+    ) -> Any:
+        """Folds ``body(chunk, data, carry)`` over the segment's chunks, with ``data = settle(chunk, read(chunk))``.
 
-        A chunk is read while the one before it is worked on.
+        A chunk is read while the one before it is worked on, and settled after that.
         """
         walk = self.walk
         whole, chunks = walk.length // walk.chunk, -(-walk.length // walk.chunk)
@@ -176,14 +206,16 @@ class Program:
         def step(count: Array, carry: Any) -> Any:
             carry, data = carry
             following = read(place(count + 1))
-            return body(place(count), data, carry), following
+            carry = body(place(count), data, carry)
+            return carry, settle(place(count + 1), following)
 
         def inner(carry: Any) -> Any:
-            return jax.lax.fori_loop(0, end - start, step, (carry, read(place(jnp.int32(0)))))[0]
+            first = place(jnp.int32(0))
+            return jax.lax.fori_loop(0, end - start, step, (carry, settle(first, read(first))))[0]
 
         def last(index: Array, carry: Any) -> Any:
             chunk = Chunk(self, index, True)
-            return body(chunk, read(chunk), carry)
+            return body(chunk, settle(chunk, read(chunk)), carry)
 
         def tail(carry: Any) -> Any:
             stop = jnp.minimum(start + walk.per_segment, chunks)
@@ -214,16 +246,30 @@ class Chunk:
         walk = self.program.walk
         return walk.length - 1 - self.time(i) if walk.reverse else self.time(i)
 
-    def own(self, i: int) -> tuple[Array, Array | None]:
-        """Where in (l e) the lanes' own values of the group from token i on are, and which are inside."""
+    def steps(self, i: int) -> int:
+        """From the place of the first of these tokens to that of token i."""
+        return -i if self.program.walk.reverse else i
+
+    def before(self) -> Chunk:
+        """The chunk before this one; the first one itself where there is none."""
+        tail = self.count > self.program.walk.length
+        return Chunk(self.program, jnp.maximum(self.index - 1, 0), tail)
+
+    def own(self, name: str, i: int) -> tuple[Any, Array | None]:
+        """A ref (b, l e) at the lanes' own values of the group from token i on, and which are inside."""
         p = self.program
-        walk, width = p.walk, p.refs["A"].shape[1]
-        turn = -p.turn if walk.reverse else p.turn
-        at = self.at(i) * width + (turn * width + p.channel)
-        if not self.tail:
-            return at, None
-        inside = self.time(i) + p.turn < walk.length
-        return jnp.where(inside, at, walk.length * width + p.lane), inside  # no two lanes at one place
+        walk, turn = p.walk, self.steps(1) * p.turn
+        first, step = (self.at(0) + turn) * p.width + p.channel, self.steps(i) * p.width
+        inside = self.own_inside(i)
+        if inside is None:
+            return p.spot(name, first, step), None
+        past = walk.samples * walk.length * p.width + p.lane  # no two lanes at one place
+        return p.spot(name, jnp.where(inside, first + step, past)), inside
+
+    def own_inside(self, i: int) -> Array | None:
+        """Whether the lanes' own values of the group from token i on are inside the sequence; None for all."""
+        p = self.program
+        return self.time(i) + p.turn < p.walk.length if self.tail else None
 
     def inside(self, i: int) -> Array | None:
         """Whether token i is inside the sequence, for every lane; None for yes."""
@@ -235,23 +281,21 @@ class Chunk:
         p, data = self.program, Data()
         for name in names:
             if name in ("B", "C"):
-                data[name] = [self._shared(p.refs[name], i) for i in range(self.count)]
+                data[name] = [self._shared(name, i) for i in range(self.count)]
             elif name in p.refs:
-                data[name] = [self._own(p.refs[name], i) for i in range(0, self.count, p.walk.together)]
+                data[name] = [self._own(name, i) for i in range(0, self.count, p.walk.together)]
         return data
 
-    def _own(self, ref: Any, i: int) -> Array:
-        at, inside = self.own(i)
-        return pltriton.load(
-            ref.at[self.program.sample, at], mask=inside, other=None if inside is None else 0.0
-        )
+    def _own(self, name: str, i: int) -> Array:
+        spot, inside = self.own(name, i)
+        return pltriton.load(spot, mask=inside, other=None if inside is None else 0.0)
 
-    def _shared(self, ref: Any, i: int) -> Vectors:
+    def _shared(self, name: str, i: int) -> Vectors:
         p, mask = self.program, self.inside(i)
-        n = p.refs["A"].shape[0]
-        ats = [self.at(i) * n + (s + p.lane % SET) for s in range(0, n, SET)]
-        other = None if mask is None else 0.0
-        return [pltriton.load(ref.at[p.sample, at], mask=mask, other=other) for at in ats]
+        n = len(p.states) * QUAD
+        first, other = self.at(0) * n + p.lane % SET, None if mask is None else 0.0
+        spots = [p.spot(name, first, self.steps(i) * n + s) for s in range(0, n, SET)]
+        return [pltriton.load(spot, mask=mask, other=other) for spot in spots]
 
     def groups(self, data: Data) -> list[Group]:
         """The tokens as groups, in time order."""
@@ -272,7 +316,7 @@ class Group:
 
     def or_zero(self, value: Array) -> Array:
         """0 past the end."""
-        mask = self.chunk.own(self.first)[1]
+        mask = self.chunk.own_inside(self.first)
         return value if mask is None else jnp.where(mask, value, 0.0)
 
     def row(self, name: str) -> Array:
@@ -294,8 +338,8 @@ class Group:
 
     def write(self, name: str, value: Array) -> None:
         """Stores the lanes' own values into (b, l e)."""
-        ref, (at, inside) = self.program.refs[name], self.chunk.own(self.first)
-        pltriton.store(ref.at[self.program.sample, at], value.astype(ref.dtype), mask=inside)
+        spot, inside = self.chunk.own(name, self.first)
+        pltriton.store(spot, value.astype(self.program.refs[name].dtype), mask=inside)
 
     def gated(self) -> tuple[Array, Array | None]:
         """The gradient before the gate, and the factor that turns the ungated y into the gate's gradient."""

@@ -137,3 +137,12 @@ def test_triton_with_any_channels_of_a_quad(channels, monkeypatch):
     assert_close(out, want, 1e-5, "value")
     assert_close(gradients, want_gradients, 1e-4, "gradient")
     assert_close(run(inputs, "pallas_triton"), want, 1e-5, "inference")
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
+def test_triton_with_arrays_too_large_to_be_flat(reverse, monkeypatch):
+    monkeypatch.setattr(triton, "PLACES", 0)
+    out, gradients = values_and_gradients(random_inputs(SMALL), cotangents(SMALL), "pallas_triton", reverse)
+    want, want_gradients = expected(SMALL, reverse)
+    assert_close(out, want, 1e-5, "value")
+    assert_close(gradients, want_gradients, 1e-4, "gradient")
