@@ -13,8 +13,10 @@ def quick() -> str:
     if os.environ.get("JAX_PLATFORMS") != "cpu" and shutil.which("nvidia-smi"):
         return ""
     flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-    if version("jax") < "0.11":  # a flag that later versions don't know
+    if version("jax") < "0.11":
         flags.append("--xla_cpu_use_fusion_emitters=false")
+    else:  # which doesn't know that flag
+        flags.append("--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
     return " ".join(flags)
 
 
