@@ -88,6 +88,7 @@ def test_upsampling_joined_with_its_convolution(joined, monkeypatch):
 def test_minimal_filtering(shape, dtype, tolerance, monkeypatch):
     """Values and the kernel's gradient in several slabs, sides that tiles don't divide; relative to the largest."""
     monkeypatch.setattr(winograd, "_SLAB_BYTES", 100_000)
+    monkeypatch.setattr(winograd, "_PARALLEL", 1)  # or else so few channels are one slab
     with jax.enable_x64():
         x, k, g = (
             jnp.asarray(np.random.default_rng(i).normal(size=size), dtype)
@@ -105,3 +106,14 @@ def test_minimal_filtering(shape, dtype, tolerance, monkeypatch):
             assert found.dtype == dtype
             error = np.max(np.abs(found.astype(jnp.float64) - reference)) / np.max(np.abs(reference))
             assert error < tolerance
+
+
+def test_slabs_are_enough_for_two_threads_or_fit():
+    """Tiles along (w, h, m) of a slab, for a batch of two maps of 12 x 8 x 4 tiles."""
+    slab = lambda limit, enough: winograd._slab_tiles((2, 12, 8, 4), limit, enough)  # noqa: E731
+    assert slab(limit=20, enough=1) == (4, 1, 1)
+    assert slab(limit=20, enough=17) == (8, 1, 1)
+    assert slab(limit=20, enough=100) == (8, 4, 1)
+    assert slab(limit=10**6, enough=1) == (8, 12, 2)
+    assert slab(limit=1, enough=10**6) == (8, 12, 2)
+    assert slab(limit=1, enough=1) == (1, 1, 1)
