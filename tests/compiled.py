@@ -5,7 +5,10 @@
 
 import os
 import shutil
-from importlib.metadata import version
+
+import jax
+
+from mambamim_jax.lean import OLDER_EMITTERS
 
 
 def quick() -> str:
@@ -13,11 +16,8 @@ def quick() -> str:
     if os.environ.get("JAX_PLATFORMS") != "cpu" and shutil.which("nvidia-smi"):
         return ""
     flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-    if version("jax") < "0.11":
-        flags.append("--xla_cpu_use_fusion_emitters=false")
-    else:  # which doesn't know that flag
-        flags.append("--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
-    return " ".join(flags)
+    older = OLDER_EMITTERS if jax.__version_info__ >= (0, 11) else "--xla_cpu_use_fusion_emitters=false"
+    return " ".join([*flags, older])
 
 
 def devices(count: int) -> str:

@@ -23,8 +23,8 @@ def test_batched_products_are_eigens():
     ("version", "before", "after"),
     [
         ((0, 10, 2), "", ""),
-        ((0, 11, 2), "", lean._OLDER_EMITTERS),
-        ((0, 12, 0), "--one=1", f"--one=1 {lean._OLDER_EMITTERS}"),
+        ((0, 11, 2), "", lean.OLDER_EMITTERS),
+        ((0, 12, 0), "--one=1", f"--one=1 {lean.OLDER_EMITTERS}"),
         ((0, 11, 2), "--xla_backend_extra_options=mine", "--xla_backend_extra_options=mine"),
     ],
 )

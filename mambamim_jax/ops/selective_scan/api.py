@@ -88,11 +88,10 @@ def selective_scan(
     name = _choose(inputs) if implementation == "auto" else implementation
     if name == "pallas_mosaic":
         _require_mosaic(inputs)
-    last: Array | None
-    if name in PLAIN:
-        y, last = PLAIN[name](inputs, reverse)
-    elif name in KERNELS:
+    if name in KERNELS:
         y, last = _scan_parts(name, reverse, return_last_state, inputs)
+    elif name in PLAIN:
+        y, last = PLAIN[name](inputs, reverse)
     else:
         expected = f"expected one of {IMPLEMENTATIONS}"
         raise ValueError(f"selective_scan: unknown implementation {name!r}, {expected}")

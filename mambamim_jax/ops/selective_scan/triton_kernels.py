@@ -8,17 +8,9 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from mambamim_jax.ops.selective_scan.triton_chunks import Chunk, Data, Group, fold
 from mambamim_jax.ops.selective_scan.triton_math import LOG2E
-from mambamim_jax.ops.selective_scan.triton_program import (
-    QUAD,
-    STRIDE,
-    Chunk,
-    Data,
-    Group,
-    Program,
-    State,
-    Vectors,
-)
+from mambamim_jax.ops.selective_scan.triton_program import QUAD, STRIDE, Program, State, Vectors
 from mambamim_jax.types import Array
 
 Carry = tuple[State, State, Array, Array]
@@ -65,7 +57,7 @@ def forward(p: Program) -> None:
             group.write("y", y)
         return h
 
-    p.put_state("last", p.fold(body, p.state("first"), read))
+    p.put_state("last", fold(p, body, p.state("first"), read))
 
 
 def ends(p: Program, adjoint: bool) -> None:
@@ -86,7 +78,7 @@ def ends(p: Program, adjoint: bool) -> None:
             total = total + group.delta
         return h, total
 
-    h, total = p.fold(body, (p.nothing(), p.zeros()), read, backwards=adjoint)
+    h, total = fold(p, body, (p.nothing(), p.zeros()), read, backwards=adjoint)
     p.put_state("end", h)
     p.put_vector("total", total)
 
@@ -159,7 +151,7 @@ def backward(p: Program) -> None:
         return carry
 
     start = p.state("dlast"), p.nothing(), p.zeros(), p.zeros()
-    g, dA, dD, dbias = p.fold(body, start, read, settle, backwards=True)
+    g, dA, dD, dbias = fold(p, body, start, read, settle, backwards=True)
     if "dfirst" in p.refs:
         p.put_state("dfirst", g)
     p.put_state("sums", dA)
@@ -181,7 +173,7 @@ def _group_gradients(p: Program, group: Group, trail: list[Trail], carry: Carry)
             ys.insert(0, [dot(p, xs, C) for xs in last.after])
         dC = p.over_quads(over_channels(p, last.after, group.spread(dout, turn)))
         g, dA, of_input, of_decay, dB = _state_gradients(p, group, last, dout, turn, g, dA)
-        p.put_sums(group.chunk, group.first + turn, dB, dC)
+        group.chunk.put_sums(group.first + turn, dB, dC)
         inputs.insert(0, of_input)
         steps.insert(0, of_decay)
     dinput, ddecay = p.collect(inputs), p.collect(steps)

@@ -16,7 +16,7 @@ class Launch(NamedTuple):
 
     inference_chunk: int  # tokens unrolled where no states are saved
     inference_channels: int  # channels of a quad there
-    chunk: int  # tokens between two saved states, unrolled in the kernels
+    chunk: int  # tokens unrolled where states are saved, one every second chunk
     channels: int  # channels of a quad where states are saved, and in the backward pass
     warps: int  # warps of a forward program
     backward_warps: int  # warps of a backward program
