@@ -2,8 +2,10 @@
 
 The state is laid out (b, n, e), so that the longest axis is contiguous and a token's state stays in the cache. Only
 the state before every chunk of tokens is kept; the backward pass recomputes the states inside a chunk. Tokens are read
-from the inputs and written to the results where they lie, without copies in another order. All channels go in one
-loop: XLA plans memory for one order, so that two loops share their scratch buffers and wait for each other.
+from the inputs and written to the results where they lie, without copies in another order. A chunk's exponentials come
+first, all at once: they are most of the work, XLA runs what is done token by token on one core, and a chunk's worth is
+enough for it to use others. All channels go in one loop: XLA plans memory for one order, so that two loops share their
+scratch buffers and wait for each other.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mambamim_jax.ops.selective_scan import elementary
 from mambamim_jax.ops.selective_scan.contract import ScanInputs, in_state_dtype, last_gradient
 from mambamim_jax.types import Array
 
@@ -37,21 +39,21 @@ def forward(inputs: ScanInputs, reverse: bool, save: bool) -> tuple[Array, Array
 def backward(inputs: ScanInputs, saved: Array, dy: Array, dlast: Array | None, reverse: bool) -> ScanInputs:
     """Gradients, chunk by chunk from the last one run.
 
-    With G_t the gradient of h_t:  G_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}.
+    With G_t the gradient of h_t and a_t = exp(Δ_t A):  G_t = C_t dy_t + a_{t+1} G_{t+1}. The gradient of Δ_t A is
+    G_t a_t h_{t-1}, so that a_t h_{t-1} is what is kept of a chunk's states.
     """
     f = in_state_dtype(inputs)
     dy, dlast = dy.astype(f.u.dtype), last_gradient(dlast, f).astype(f.u.dtype).mT
-    g, dAt, du, ddelta, dz, dB, dC = _backward(_Walk(f, reverse), saved, dy, dlast)
-    dgated = dy if f.z is None else dy * jax.nn.silu(f.z)
+    g, dAt, dD, dbias, du, ddelta, dz, dB, dC = _backward(_Walk(f, reverse), saved, dy, dlast)
     return ScanInputs(
         u=du,
         delta=ddelta,
         A=jnp.sum(dAt, axis=0).T,
         B=dB,
         C=dC,
-        D=jnp.sum(dgated * f.u, axis=(0, 1)),
+        D=dD,
         z=dz,
-        delta_bias=jnp.sum(ddelta, axis=(0, 1)),
+        delta_bias=dbias,
         initial_state=g.mT,
     )
 
@@ -105,8 +107,13 @@ class _Chunk(NamedTuple):
         return lax.dynamic_slice_in_dim(x, self.base, self.walk.chunk, axis=1)
 
     def token(self, block: Array, t: Array) -> Array:
-        """The token of time t in a block: (b, e)."""
+        """The token of time t in a block (b, chunk, …): (b, …)."""
         return lax.dynamic_index_in_dim(block, self.walk.at(t) - self.base, 1, keepdims=False)
+
+    def total(self, block: Array) -> Array:
+        """The sum (e,) over the samples and the chunk's tokens, without those that its block holds besides."""
+        t = self.walk.at(self.base + jnp.arange(self.walk.chunk))
+        return jnp.sum(jnp.where(((self.first <= t) & (t < self.stop))[:, None], block, 0), axis=(0, 1))
 
 
 def _chunk(walk: _Walk, index: Array) -> _Chunk:
@@ -121,9 +128,14 @@ def _sum(terms: Iterable[Array]) -> Array:
     return functools.reduce(operator.add, terms)
 
 
-def _step(h: Array, u: Array, delta: Array, B: Array, At: Array) -> Array:
-    """One step of the recurrence on a state (b, n, e); At is A transposed (n, e)."""
-    return jnp.exp(delta[:, None, :] * At) * h + B[:, :, None] * (delta * u)[:, None, :]
+def _decays(delta: Array, At: Array) -> Array:
+    """exp(Δ A) of a block's tokens (b, chunk, n, e); At is A transposed (n, e)."""
+    return elementary.exp2(delta[:, :, None, :] * (At * elementary.LOG2E))
+
+
+def _outer(state: Array, x: Array) -> Array:
+    """(b, n), (b, e) → (b, n, e)."""
+    return state[:, :, None] * x[:, None, :]
 
 
 def _over_channels(state: Array, x: Array) -> Array:
@@ -141,13 +153,15 @@ def _forward(p: _Walk, save: bool) -> tuple[Array, Array, Array]:
         if save:
             saved = lax.dynamic_update_index_in_dim(saved, h, index, 0)
         c = _chunk(p, index)
-        delta = jax.nn.softplus(c.block(f.delta) + bias)
-        gate = None if f.z is None else jax.nn.silu(c.block(f.z))
+        delta = elementary.softplus(c.block(f.delta) + bias)
+        decays = _decays(delta, At)
+        z = None if f.z is None else c.block(f.z)
+        gate = None if z is None else z * elementary.sigmoid(z)
 
         def token(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             h, y = carry
             u, C = p.token(f.u, t), p.token(f.C, t)
-            h = _step(h, u, c.token(delta, t), p.token(f.B, t), At)
+            h = c.token(decays, t) * h + _outer(p.token(f.B, t), c.token(delta, t) * u)
             out = _sum(h[:, j] * C[:, j, None] for j in range(h.shape[1])) + D * u
             return h, p.put(y, t, out if gate is None else out * c.token(gate, t))
 
@@ -161,52 +175,61 @@ def _forward(p: _Walk, save: bool) -> tuple[Array, Array, Array]:
 
 
 def _backward(p: _Walk, saved: Array, dy: Array, dlast: Array) -> tuple[Array, ...]:
-    """Gradients: initial state (b, n, e), A by sample (b, n, e), u, delta, z, B and C."""
+    """Gradients: initial state (b, n, e), A by sample (b, n, e), D and delta_bias (e,), u, delta, z, B and C."""
     f, At, bias, D = p.inputs, p.inputs.A.T, p.vector(p.inputs.delta_bias), p.vector(p.inputs.D)
     states = range(At.shape[0])
 
     def chunk(count: Array, carry: tuple) -> tuple:
         index = p.chunks - 1 - count
         c = _chunk(p, index)
-        g, dAt, du, ddelta, dz, dB, dC, before = carry
+        g, dAt, dD, dbias, du, ddelta, dz, dB, dC, kept = carry
         raw, dout = c.block(f.delta) + bias, c.block(dy)
-        delta, slope = jax.nn.softplus(raw), jax.nn.sigmoid(raw)
+        delta, slope = elementary.softplus(raw), elementary.sigmoid(raw)
+        decays = _decays(delta, At)
         if f.z is not None:
             z = c.block(f.z)
-            gate = jax.nn.sigmoid(z)
+            gate = elementary.sigmoid(z)
             dout, dz_per_y = dout * z * gate, dout * gate * (1 + z * (1 - gate))
 
         def forth(t: Array, carry: tuple) -> tuple:
-            h, before, dz, dC = carry
-            before = lax.dynamic_update_index_in_dim(before, h, t - c.first, 0)
+            h, kept, dz, dC = carry
             u, C = p.token(f.u, t), p.token(f.C, t)
-            h = _step(h, u, c.token(delta, t), p.token(f.B, t), At)
+            kept = lax.dynamic_update_index_in_dim(kept, c.token(decays, t) * h, t - c.first, 0)
+            # from what was just kept, so that the state is replaced where it lies
+            h = kept_at(kept, t) + _outer(p.token(f.B, t), c.token(delta, t) * u)
             if f.z is not None:
                 y = _sum(h[:, j] * C[:, j, None] for j in states) + D * u
                 dz = p.put(dz, t, y * c.token(dz_per_y, t))
-            return h, before, dz, p.put(dC, t, _over_channels(h, c.token(dout, t)))
+            return h, kept, dz, p.put(dC, t, _over_channels(h, c.token(dout, t)))
 
-        h = lax.dynamic_index_in_dim(saved, index, 0, keepdims=False)
-        _, before, dz, dC = lax.fori_loop(c.first, c.stop, forth, (h, before, dz, dC))
+        def kept_at(kept: Array, t: Array) -> Array:
+            return lax.dynamic_index_in_dim(kept, t - c.first, 0, keepdims=False)
 
         def back(count: Array, carry: tuple) -> tuple:
-            g, dAt, du, ddelta, dB = carry
+            G, dAt, du, ddelta, dB = carry
             t = c.stop - 1 - count
-            u, step, out = p.token(f.u, t), c.token(delta, t), c.token(dout, t)
-            B, C = p.token(f.B, t), p.token(f.C, t)
-            h = lax.dynamic_index_in_dim(before, t - c.first, 0, keepdims=False)
-            G = g + C[:, :, None] * out[:, None, :]
-            g = jnp.exp(step[:, None, :] * At) * G
+            u, step, B = p.token(f.u, t), c.token(delta, t), p.token(f.B, t)
+            decayed = kept_at(kept, t)
             dinput = _sum(G[:, j] * B[:, j, None] for j in states)
-            draw = (_sum(g[:, j] * h[:, j] * At[j] for j in states) + dinput * u) * c.token(slope, t)
+            draw = (_sum(G[:, j] * decayed[:, j] * At[j] for j in states) + dinput * u) * c.token(slope, t)
+            du, ddelta = p.put(du, t, dinput * step + D * c.token(dout, t)), p.put(ddelta, t, draw)
             dB = p.put(dB, t, _over_channels(G, step * u))
-            dAt = dAt + g * h * step[:, None, :]
-            return g, dAt, p.put(du, t, dinput * step + D * out), p.put(ddelta, t, draw), dB
+            dAt = dAt + G * decayed * step[:, None, :]
+            # what comes from the output of the token before, which the chunk before adds for its last one itself
+            before = jnp.maximum(t - 1, c.first)
+            out = jnp.where(t > c.first, c.token(dout, before), 0)
+            return c.token(decays, t) * G + _outer(p.token(f.C, before), out), dAt, du, ddelta, dB
 
+        h = lax.dynamic_index_in_dim(saved, index, 0, keepdims=False)
+        _, kept, dz, dC = lax.fori_loop(c.first, c.stop, forth, (h, kept, dz, dC))
+        last = c.stop - 1
+        g = g + _outer(p.token(f.C, last), c.token(dout, last))
         g, dAt, du, ddelta, dB = lax.fori_loop(0, c.stop - c.first, back, (g, dAt, du, ddelta, dB))
-        return g, dAt, du, ddelta, dz, dB, dC, before
+        dD, dbias = dD + c.total(dout * c.block(f.u)), dbias + c.total(c.block(ddelta))
+        return g, dAt, dD, dbias, du, ddelta, dz, dB, dC, kept
 
-    by_channel = jnp.zeros(f.u.shape, dy.dtype)
-    by_state, before = jnp.zeros_like(f.B), jnp.zeros((p.chunk, *dlast.shape), dy.dtype)
-    carry = dlast, jnp.zeros_like(dlast), by_channel, by_channel, by_channel, by_state, by_state, before
+    by_channel, by_state = jnp.zeros(f.u.shape, dy.dtype), jnp.zeros_like(f.B)
+    kept = jnp.zeros((p.chunk, *dlast.shape), dy.dtype)
+    dvector = jnp.zeros(f.u.shape[2], dy.dtype)
+    carry = (dlast, jnp.zeros_like(dlast), dvector, dvector, *(by_channel,) * 3, by_state, by_state, kept)
     return lax.fori_loop(0, p.chunks, chunk, carry)[:-1]
