@@ -13,8 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mambamim_jax.lean import with_older_emitters
-
 NAMES = ("step", "toki", "scan", "loader", "preprocess", "predict", "scaling", "saving", "space")
 
 
@@ -25,7 +23,6 @@ def main(argv: list[str]) -> int:
         print(f"bench: found {found}, expected one of {', '.join(NAMES)}", file=sys.stderr)
         print(__doc__, file=sys.stderr)
         return 2
-    with_older_emitters()
     return importlib.import_module(f"mambamim_jax.bench.{argv[0]}").main(argv[1:])
 
 

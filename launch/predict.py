@@ -24,10 +24,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from mambamim_jax.evaluate.inputs import InputError
     from mambamim_jax.evaluate.predict import Options, predict
-    from mambamim_jax.lean import with_older_emitters
     from mambamim_jax.model_files import ModelFileError
 
-    with_older_emitters()
     try:
         how = Options(
             options.overlap,

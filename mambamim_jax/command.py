@@ -38,12 +38,10 @@ def run_training(arguments: list[str], kind: type[C], usage: str, work: Callable
 
     from mambamim_jax.data.datasets import DatasetError
     from mambamim_jax.data.store import DataLossError, StoreError
-    from mambamim_jax.lean import with_older_emitters
     from mambamim_jax.train import processes, signals
     from mambamim_jax.train.checkpoint import DamagedError
     from mambamim_jax.train.step import NonFiniteError
 
-    with_older_emitters()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
     signals.end_at_once()  # until there is something to save

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from typing import Any
 
 import jax
@@ -15,20 +14,6 @@ _ON_CPU: dict[str, str | bool] = {
 """The order of operations that keeps least alive, where the default one keeps more for the sake of running two at
 once; and matrix products by Eigen, which runs a batched one on all cores if each of the batch is large enough
 (`winograd`), where YNNPACK, which XLA prefers, runs it on one."""
-
-OLDER_EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-
-
-def with_older_emitters() -> None:
-    """Sets XLA_FLAGS so that jax 0.11 and newer compile for a CPU in the time that 0.10 takes.
-
-    Their way of emitting loops can take minutes for index arithmetic (a small Vision Mamba: over 200 s instead of 35),
-    and what it emits is no faster.
-    To be called before anything is computed; flags that the user has set stay, and other devices are not concerned.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if jax.__version_info__ >= (0, 11) and "xla_backend_extra_options" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {OLDER_EMITTERS}".strip()
 
 
 def compile_lean(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

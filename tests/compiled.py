@@ -8,16 +8,15 @@ import shutil
 
 import jax
 
-from mambamim_jax.lean import OLDER_EMITTERS
-
 
 def quick() -> str:
     """XLA's flags: half of the time goes; empty where there is a GPU, whose kernels are to be compiled as ever."""
     if os.environ.get("JAX_PLATFORMS") != "cpu" and shutil.which("nvidia-smi"):
         return ""
     flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-    older = OLDER_EMITTERS if jax.__version_info__ >= (0, 11) else "--xla_cpu_use_fusion_emitters=false"
-    return " ".join([*flags, older])
+    if jax.__version_info__ >= (0, 11):
+        return " ".join([*flags, "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"])
+    return " ".join([*flags, "--xla_cpu_use_fusion_emitters=false"])
 
 
 def devices(count: int) -> str:

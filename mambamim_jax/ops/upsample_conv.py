@@ -33,11 +33,8 @@ from mambamim_jax.ops.conv3d import (
 from mambamim_jax.ops.winograd import largest_divisor
 from mambamim_jax.types import Array
 
-# (parity, window, child, tap) along one axis; window 0 is a-1 for parity 0 and a for parity 1.
-_JOINT = np.zeros((2, 2, 2, 3), np.float32)
-for _parity, _tap in itertools.product(range(2), range(3)):
-    _fine = _parity + _tap - 1
-    _JOINT[_parity, _fine // 2 + 1 - _parity, _fine % 2, _tap] = 1.0
+# [parity][window]: the (child, tap) that meet there, along one axis; window 0 is a-1 for parity 0 and a for parity 1.
+_JOINT = ((((1, 0),), ((0, 1), (1, 2))), (((0, 0), (1, 1)), ((0, 2),)))
 
 _PARITIES = tuple(itertools.product(range(2), repeat=3))
 _SLAB_BYTES = 8 * 2**20
@@ -81,10 +78,27 @@ def _bordered(x: Array) -> Array:
 
 
 def _joined(x: Array, up_kernel: Array, kernel: Array) -> Array:
-    products = jnp.einsum("abcie,xyzeo->axbyczio", up_kernel, kernel, precision=lax.Precision.HIGHEST)
-    for _ in range(3):  # one axis at a time: (child, tap, rest..) to (rest.., parity, window)
-        products = jnp.einsum("pqax,ax...->...pq", _JOINT.astype(products.dtype), products)
-    return _children(x, jnp.einsum("ioPQRSTU->PRTQSUio", products).astype(x.dtype))
+    return _children(x, _joint_kernels(up_kernel, kernel).astype(x.dtype))
+
+
+def _joint_kernels(up_kernel: Array, kernel: Array) -> Array:
+    """(2, 2, 2, c, e) and (3, 3, 3, e, o) to (parities 2, 2, 2, windows 2, 2, 2, c, o).
+
+    An axis at a time, by slices and stacks: jax 0.11 on a CPU spends seconds on each transposition that products with
+    so many small axes would need.
+    """
+    joint = jnp.einsum("abcie,xyzeo->abcixyzo", up_kernel, kernel, precision=lax.Precision.HIGHEST)
+    for axis in range(3):
+        parities = [[_meeting(joint, axis, pairs) for pairs in windows] for windows in _JOINT]
+        joint = jnp.stack([jnp.stack(windows, axis=2 * axis) for windows in parities], axis=axis)
+    return joint
+
+
+def _meeting(joint: Array, axis: int, pairs: Sequence[tuple[int, int]]) -> Array:
+    """The sum over (child, tap) of (parities, windows, children, c, taps, o), the axes before this one done."""
+    taps = [lax.index_in_dim(joint, tap, axis + 4, keepdims=False) for _, tap in pairs]
+    parts = [lax.index_in_dim(part, child, 2 * axis, keepdims=False) for part, (child, _) in zip(taps, pairs)]
+    return sum(parts[1:], parts[0])
 
 
 @jax.custom_vjp

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,19 @@ def test_masked_convolution(patch, masked, depthwise):
 
     ours = lambda x, k: unpack(conv(pack(x, mask), k, mask), mask)  # noqa: E731
     same_gradients(ours, reference, normal(2, 2, *(side * patch for side in grid), c), kernel)
+
+
+def test_joint_kernels_transpose_few_axes():
+    """jax 0.11 on a CPU spends seconds on each transposition of eight small axes, and there were dozens."""
+
+    def loss(up, kernel):
+        return jnp.sum(jnp.sin(upsample_conv._joint_kernels(up, kernel)))
+
+    up, kernel = normal(0, 2, 2, 2, 5, 6), normal(1, 3, 3, 3, 6, 7)
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(up, kernel).as_text()
+    permutations = re.findall(r"stablehlo\.transpose .* dims = \[([\d, ]+)\]", lowered)
+    assert permutations
+    assert max(len(axes.split(",")) for axes in permutations) < 8
 
 
 @pytest.mark.parametrize("joined", [True, False])
