@@ -62,6 +62,12 @@ def test_matrix_flops_of_products_convolutions_and_loops():
         return jax.lax.scan(lambda carry, _: (carry @ w, None), x, None, length=5)[0]
 
     assert profile.matrix_flops(jax.make_jaxpr(jax.jit(looped))(x)) == 5 * 2 * 4 * 6 * 6
+
+    def told(x):
+        jax.debug.callback(lambda x: None, x)  # an operation without a result, as a kernel's loops may be
+        return x @ w
+
+    assert profile.matrix_flops(jax.make_jaxpr(told)(x)) == 2 * 4 * 6 * 6
     image, kernel = jnp.ones((1, 8, 8, 8, 2)), jnp.ones((3, 3, 3, 2, 7))
     numbers = ("NDHWC", "DHWIO", "NDHWC")
     conv = jax.make_jaxpr(

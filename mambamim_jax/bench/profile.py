@@ -134,16 +134,17 @@ def matrix_flops(jaxpr: Any) -> int:
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0
     for equation in jaxpr.eqns:
-        name, out = equation.primitive.name, equation.outvars[0].aval
+        name = equation.primitive.name
+        size = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
-            total += 2 * math.prod(out.shape) * math.prod(left[axis] for axis in contracted)
+            total += 2 * size * math.prod(left[axis] for axis in contracted)
         elif name == "conv_general_dilated":
             numbers = equation.params["dimension_numbers"]
             kernel = equation.invars[1].aval.shape
             window = math.prod(kernel[axis] for axis in numbers.rhs_spec[1:])
-            total += 2 * math.prod(out.shape) * window // math.prod(equation.params["lhs_dilation"])
+            total += 2 * size * window // math.prod(equation.params["lhs_dilation"])
         inner = [matrix_flops(part) for part in _sub_jaxprs(equation.params)]
         repeats = equation.params.get("length", 1) if name == "scan" else 1
         total += repeats * (max(inner, default=0) if name == "cond" else sum(inner))
