@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
@@ -89,16 +89,38 @@ def _joint_kernels(up_kernel: Array, kernel: Array) -> Array:
     """
     joint = jnp.einsum("abcie,xyzeo->abcixyzo", up_kernel, kernel, precision=lax.Precision.HIGHEST)
     for axis in range(3):
-        parities = [[_meeting(joint, axis, pairs) for pairs in windows] for windows in _JOINT]
-        joint = jnp.stack([jnp.stack(windows, axis=2 * axis) for windows in parities], axis=axis)
+        joint = _meeting(joint, axis)
     return joint
 
 
-def _meeting(joint: Array, axis: int, pairs: Sequence[tuple[int, int]]) -> Array:
-    """The sum over (child, tap) of (parities, windows, children, c, taps, o), the axes before this one done."""
-    taps = [lax.index_in_dim(joint, tap, axis + 4, keepdims=False) for _, tap in pairs]
-    parts = [lax.index_in_dim(part, child, 2 * axis, keepdims=False) for part, (child, _) in zip(taps, pairs)]
-    return sum(parts[1:], parts[0])
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _meeting(joint: Array, axis: int) -> Array:
+    """Children and taps of an axis to parities and windows, those of the axes before it in front already.
+
+    (parities, windows, children, c, taps, o) with a dimension an axis each. The gradient is a selection, where JAX's
+    own would be a sum of padded arrays.
+    """
+
+    def met(child: int, tap: int) -> Array:
+        return _pick(joint, {2 * axis: child, axis + 4: tap})
+
+    parities = [[[met(*pair) for pair in pairs] for pairs in windows] for windows in _JOINT]
+    stacked = [jnp.stack([sum(parts[1:], parts[0]) for parts in windows], 2 * axis) for windows in parities]
+    return jnp.stack(stacked, axis)
+
+
+def _meeting_backward(axis: int, _: None, g: Array) -> tuple[Array]:
+    where = {pair: (p, w) for p in range(2) for w in range(2) for pair in _JOINT[p][w]}
+    parts = [[_pick(g, dict(zip((axis, 2 * axis + 1), where[c, t]))) for t in range(3)] for c in range(2)]
+    return (jnp.stack([jnp.stack(taps, axis + 3) for taps in parts], 2 * axis),)
+
+
+_meeting.defvjp(lambda joint, axis: (_meeting(joint, axis), None), _meeting_backward)
+
+
+def _pick(x: Array, at: Mapping[int, int]) -> Array:
+    """The entries of an array at an index of some of its axes."""
+    return x[tuple(at.get(axis, slice(None)) for axis in range(x.ndim))]
 
 
 @jax.custom_vjp
