@@ -69,7 +69,7 @@ class _Plan(NamedTuple):
 
     @property
     def widest(self) -> int:
-        """Most anchors that need power 1: between two pairs of them there is a token that is none."""
+        """Most anchors that need power 1: two at most for every token that is none."""
         return len(self.rank) - len(self.rank) // 3
 
 
@@ -98,8 +98,7 @@ def _plan(start: Array, end: Array) -> _Plan:
 @jax.custom_vjp
 def _chains(x: Array, A: Array, plan: _Plan) -> tuple[Array, Array]:
     """Tokens (n, c) to what each reads of its segment's start and end, (n, c) both."""
-    y = _powers(x, A, plan)
-    return y[plan.start_row], y[plan.end_row]
+    return _chains_fwd(x, A, plan)[0]
 
 
 def _chains_fwd(x: Array, A: Array, plan: _Plan) -> tuple[tuple[Array, Array], tuple[Array, Array, _Plan]]:
@@ -146,9 +145,12 @@ def _chains_bwd(saved: tuple[Array, Array, _Plan], g: tuple[Array, Array]) -> tu
 
     block = lax.dynamic_slice_in_dim(total, first[plan.last], widest, 0)
     total = lax.while_loop(lambda state: state[0] >= 1, step, (plan.last, block, total))[2]
-    parent = jnp.where(power > 0, row - first[power] + first[power - 1], 0)
-    products = jnp.where((valid & (power > 0))[:, None], total, 0)
-    grad_A = jnp.einsum("re,rc->ec", products, y[jnp.where(valid, parent, 0)], precision=HIGHEST)
+    # rows beyond all powers are there for the steps to write into
+    row, power, valid = (part[: plan.rows] for part in (row, power, valid))
+    later = valid & (power > 0)
+    parent = jnp.where(later, row - first[power] + first[power - 1], 0)
+    products = jnp.where(later[:, None], total[: plan.rows], 0)
+    grad_A = jnp.einsum("re,rc->ec", products, y[parent], precision=HIGHEST)
     is_anchor = (plan.rank < first[1])[:, None]
     return jnp.where(is_anchor, total[plan.rank], 0), grad_A, None
 

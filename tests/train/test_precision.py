@@ -74,7 +74,7 @@ def test_the_same_weights_give_the_same_loss(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not BY_HAND, reason="minutes on a CPU; set MAMBAMIM_PRECISION_STEPS")
 def test_training_with_bfloat16_gives_the_losses_of_float32(tmp_path, monkeypatch):
-    """Over all steps; single ones of two runs part by more, whatever the dtype, as a third run shows."""
+    """At every step: not so, 1.4 to 2.4% at 48³; nor of float32 started a hair away, as the third run shows."""
     single, half = (losses(tmp_path, dtype, dtype) for dtype in ("float32", "bfloat16"))
 
     def nudged(config):
@@ -94,3 +94,4 @@ def test_training_with_bfloat16_gives_the_losses_of_float32(tmp_path, monkeypatc
             f"\n{name}: {apart:+.3%} over {STEPS} steps at {SIDE}³; single steps up to {single_steps.max():.3%}"
         )
     assert 0 < abs(half.mean() / single.mean() - 1) < 0.01
+    assert np.abs(half / single - 1).max() < 0.01

@@ -1,7 +1,7 @@
 """Exponentials for CPUs, written out in additions and products.
 
-XLA's own exponential costs about a third more, its log1p several times as much, and XLA divides a loop among a CPU's
-cores by the additions and products that it counts in it, where one of its elementary functions counts for nothing.
+XLA's own exponential costs more, its log1p several times as much, and XLA divides a loop among a CPU's cores by the
+additions and products that it counts in it, where one of its elementary functions counts for nothing.
 Float32 only; other dtypes go to `jax.nn` and `jnp`.
 """
 

@@ -191,6 +191,9 @@ def _backward(p: _Walk, saved: Array, dy: Array, dlast: Array) -> tuple[Array, .
             gate = elementary.sigmoid(z)
             dout, dz_per_y = dout * z * gate, dout * gate * (1 + z * (1 - gate))
 
+        def kept_at(kept: Array, t: Array) -> Array:
+            return lax.dynamic_index_in_dim(kept, t - c.first, 0, keepdims=False)
+
         def forth(t: Array, carry: tuple) -> tuple:
             h, kept, dz, dC = carry
             u, C = p.token(f.u, t), p.token(f.C, t)
@@ -201,9 +204,6 @@ def _backward(p: _Walk, saved: Array, dy: Array, dlast: Array) -> tuple[Array, .
                 y = _sum(h[:, j] * C[:, j, None] for j in states) + D * u
                 dz = p.put(dz, t, y * c.token(dz_per_y, t))
             return h, kept, dz, p.put(dC, t, _over_channels(h, c.token(dout, t)))
-
-        def kept_at(kept: Array, t: Array) -> Array:
-            return lax.dynamic_index_in_dim(kept, t - c.first, 0, keepdims=False)
 
         def back(count: Array, carry: tuple) -> tuple:
             G, dAt, du, ddelta, dB = carry
