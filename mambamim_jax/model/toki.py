@@ -10,8 +10,7 @@ j = 0..r-1, the released code computes
 and the paper (MambaMIM, section 3.3) z_{p+j} = sum_{s=0..j} A^{j-s} V_s with alpha_j = j / (r + 1) and a
 discretisation factor that needs the inverse of A; as A starts at zero it is left out here. Active tokens keep x.
 
-Powers are those of the anchors (`ops.anchor_powers`), as V is a mix of two of them, and sums are taken by doubling
-within a segment.
+Powers are those of the anchors (`ops.anchor_powers`), as V is a mix of two of them; sums: `ops.segment_cumsum`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mambamim_jax.ops.anchor_powers import anchor_powers
+from mambamim_jax.ops.segment_cumsum import segment_cumsum
 from mambamim_jax.types import Array
 
 Filler: TypeAlias = Callable[[Array, Array, Any], Array]
@@ -66,16 +66,6 @@ def interpolate(x: Array, segments: Segments, alpha: Array) -> Array:
     return (1 - alpha) * _gather(x, segments.start) + alpha * _gather(x, segments.end)
 
 
-def segment_cumsum(y: Array, offset: Array) -> Array:
-    """Running sum of y (b, l, c) along l that restarts where offset (b, l) is 0."""
-    step = 1
-    while step < y.shape[1]:
-        shifted = jnp.pad(y, ((0, 0), (step, 0), (0, 0)))[:, :-step]
-        y = y + jnp.where((offset >= step)[..., None], shifted, 0)
-        step *= 2
-    return y
-
-
 def segment_recurrence(y: Array, A: Array, offset: Array) -> Array:
     """z_j = A z_{j-1} + y_j along l, restarting where offset is 0: the sum over s of A**(j-s) y_s by doubling."""
     step = 1
@@ -93,12 +83,7 @@ def segment_recurrence(y: Array, A: Array, offset: Array) -> Array:
 def _released_tokens(x: Array, active: Array, A: Array) -> Array:
     """z of the released formula for every token, active ones included."""
     segments = find_segments(active)
-    last = segments.gap == 0  # only the last token is both ends of its segment
-    alpha = (segments.offset.astype(x.dtype) / jnp.maximum(segments.gap - 1, 1))[..., None]
-    from_start, from_end = anchor_powers(x, A, segments.start, segments.end)
-    powered = (1 - alpha) * from_start + alpha * from_end
-    moved = jnp.einsum("bc,ec->be", x[:, -1], A, precision=lax.Precision.HIGHEST)
-    return segment_cumsum(jnp.where(last[..., None], moved[:, None], powered), segments.offset)
+    return segment_cumsum(anchor_powers(x, A, segments.start, segments.end), segments.offset)
 
 
 def _keep_active(x: Array, active: Array, filled: Array) -> Array:

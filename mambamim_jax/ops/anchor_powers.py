@@ -1,15 +1,17 @@
-"""Powers of a matrix applied to the anchors of every segment, each computed once: A**i x_p and A**i x_q.
+"""Mixtures of the anchors of every segment, moved by powers of a matrix: A**i ((1 - alpha) x_p + alpha x_q).
 
-Tokens between two anchors p < q need i = 0 .. q-p-1. By repeated squaring that costs a product per token
-for every bit of i, and the squares of A besides. Here power i of an anchor is A times its power i-1, and serves
-both segments that meet there. The anchors of all samples are sorted by the longer of their two gaps: those that need
-power i are then the first so many of those that need power i-1, and a step is one product with the front of the
-block of rows before. There are as many steps as the longest gap asks for; the backward pass runs them in reverse.
+A token between two anchors p < q needs i = q-1-t, from q-p-1 down to 0. By repeated squaring that costs a product per
+token for every bit of i, and the squares of A besides. Here power i of an anchor is A times its power i-1, and serves
+both segments that meet there. The anchors of all samples are sorted by how many powers are needed of them: those that
+need power i are then the first so many of those that need power i-1. Rows are powers of anchors, all of power 0, all
+of power 1, and so on; a loop makes a tile of consecutive rows at a time as a product with the rows of the power
+before. What a tile has too many of is written over by the next one. The backward pass runs in reverse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,46 +23,54 @@ from mambamim_jax.ops import partition
 from mambamim_jax.types import Array
 
 HIGHEST = lax.Precision.HIGHEST
-SMALLEST = 4
+TILE = 32
+"""Rows a sample of a tile: on a GPU, where a step of a loop costs more than its products, most anchors."""
+TILE_CPU = 8
+LARGEST_CPU = 32
+"""Rows of a tile of any batch on a CPU, whose products of few rows are as fast as larger ones."""
+PARTS = 16
+"""Sizes that the gradient of A is compiled for: products with rows that nobody needs are its only waste."""
 
 
-def anchor_powers(x: Array, A: Array, start: Array, end: Array) -> tuple[Array, Array]:
-    """For each token t between its anchors p = start[t] and q = end[t]: A**(q-1-t) x_p and A**(q-1-t) x_q.
+def anchor_powers(x: Array, A: Array, start: Array, end: Array) -> Array:
+    """For each token t = p..q-1 between its anchors p = start[t] and q = end[t]: A**(q-1-t) applied to their mixture.
+
+    That is (1 - alpha) x_p + alpha x_q, alpha = (t-p) / (q-p-1), or 0 where q = p+1 (METHOD section 4). The last
+    token, p = q = t, gets A x_t.
 
     Args:
       x: (b, l, c), float32 or float64.
       A: (c, c), same dtype.
-      start, end: int32 (b, l), p <= t < q, or p = t = q where the power is 0.
+      start, end: int32 (b, l).
 
     Returns:
-      two arrays (b, l, c), of x_p and of x_q.
+      (b, l, c)
     """
     rows, P = partition.rows(len(x)), PartitionSpec
     if rows is None:
         return _anchor_powers(x, A, start, end)
     # On a mesh every device sorts its own samples; the compiler would sort, and sum, those of all devices on each.
-    specs, powers = (P(rows), P(), P(rows), P(rows)), (P(rows), P(rows))
-    return jax.shard_map(_anchor_powers, in_specs=specs, out_specs=powers, check_vma=False)(x, A, start, end)
+    specs = (P(rows), P(), P(rows), P(rows))
+    return jax.shard_map(_anchor_powers, in_specs=specs, out_specs=P(rows), check_vma=False)(x, A, start, end)
 
 
-def _anchor_powers(x: Array, A: Array, start: Array, end: Array) -> tuple[Array, Array]:
-    alone = (start == end)[..., None]  # both its own anchors
-    found = _chains(x.reshape(-1, x.shape[2]), A, _plan(start, end))
-    powers = [jnp.where(alone, x, side.reshape(x.shape)) for side in found]
-    return powers[0], powers[1]
+def _anchor_powers(x: Array, A: Array, start: Array, end: Array) -> Array:
+    return _mixtures(x.reshape(-1, x.shape[2]), A, _plan(start, end, x.dtype)).reshape(x.shape)
 
 
 class _Plan(NamedTuple):
-    """Where everything is. Rows are powers of anchors: all of power 0, all of power 1, …; n = b l tokens."""
+    """Where everything is; n = b l tokens."""
 
-    anchors: Array  # (n,) tokens, those first whose chains are longest; after the anchors the other tokens
+    anchors: Array  # (n,) tokens, those first of which most powers are needed; after the anchors the other tokens
     rank: Array  # (n,) of a token in `anchors`
     first: Array  # (l + 2,) the first row of a power
     last: Array  # the largest power that anybody needs
     start_row: Array  # (n,) the row that a token reads of its segment's start
     end_row: Array  # (n,) and of its end
-    left: Array  # (n,) an anchor's distance from the one before, 0 where there is none
-    right: Array  # (n,) and to the next one
+    alpha: Array  # (n,) the end's weight
+    left: Array  # (n,) powers 0 … left-1 of an anchor serve the segment before it
+    right: Array  # (n,) and 0 … right-1 that behind it; -1 for the last one, of which the token itself reads power 1
+    sample: Array  # (b,) its number, for its length
 
     @property
     def rows(self) -> int:
@@ -68,108 +78,134 @@ class _Plan(NamedTuple):
         return 2 * len(self.rank)
 
     @property
-    def widest(self) -> int:
-        """Most anchors that need power 1: two at most for every token that is none."""
-        return len(self.rank) - len(self.rank) // 3
+    def part(self) -> int:
+        """Rows by which the sizes differ that the gradient of A is compiled for."""
+        return -(-self.rows // PARTS)
+
+    @property
+    def spare(self) -> int:
+        """Rows behind all others, for what is read or written too much."""
+        return max(TILE * len(self.sample), self.part)
+
+    @property
+    def end(self) -> Array:
+        """The number of rows."""
+        return self.first[self.last + 1]
 
 
-def _plan(start: Array, end: Array) -> _Plan:
+def _plan(start: Array, end: Array, dtype: jnp.dtype) -> _Plan:
     b, length = start.shape
     place = jnp.arange(length, dtype=jnp.int32)
-    anchor = start == place
+    final, anchor = place == length - 1, start == place
     right = jnp.where(anchor, end - place, 0)
     before = jnp.pad(start, ((0, 0), (1, 0)))[:, :-1]
-    left = jnp.where(anchor, place - before, 0)
-    chain = jnp.where(anchor, jnp.maximum(jnp.maximum(left, right), 1), 0).reshape(-1)  # powers from 0 on
-    order = jnp.argsort(-chain)
+    left = jnp.where(anchor, jnp.maximum(place - before - 1, 0), 0)  # where alpha is 0 the end has no part
+    needed = jnp.maximum(jnp.maximum(left, right), jnp.where(final, 2, 1))
+    needed = jnp.where(anchor, needed, 0).reshape(-1)
+    order = jnp.argsort(-needed).astype(jnp.int32)
     rank = jnp.argsort(order).astype(jnp.int32)
-    counts = jnp.searchsorted(-chain[order], -jnp.arange(1, length + 2), side="right")  # of rows of a power
-    first = jnp.pad(jnp.cumsum(counts), (1, 0))[: length + 2].astype(jnp.int32)
-    begins = first[jnp.maximum(end - 1 - place, 0)]
-    sample = (jnp.arange(b, dtype=jnp.int32) * length)[:, None]
-    rows = [
-        (begins + rank[(side + sample).reshape(-1)].reshape(b, length)).reshape(-1) for side in (start, end)
-    ]
-    return _Plan(
-        order, rank, first, jnp.max(chain) - 1, rows[0], rows[1], left.reshape(-1), right.reshape(-1)
-    )
+    counts = jnp.sum(needed[:, None] > jnp.arange(length + 1), axis=0, dtype=jnp.int32)  # of rows of a power
+    first = jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0))
+    alpha = (place - start).astype(dtype) / jnp.maximum(end - start - 1, 1).astype(dtype)
+    sample = jnp.arange(b, dtype=jnp.int32)
+    begins = first[jnp.where(final, 1, jnp.maximum(end - 1 - place, 0))]
+    start_row, end_row = (begins + rank[side + length * sample[:, None]] for side in (start, end))
+    end_row = jnp.where(alpha == 0, start_row, end_row)
+    parts = (start_row, end_row, alpha, left, jnp.where(final, -1, right))
+    return _Plan(order, rank, first, jnp.max(needed) - 1, *(part.reshape(-1) for part in parts), sample)
 
 
 @jax.custom_vjp
-def _chains(x: Array, A: Array, plan: _Plan) -> tuple[Array, Array]:
-    """Tokens (n, c) to what each reads of its segment's start and end, (n, c) both."""
-    return _chains_fwd(x, A, plan)[0]
+def _mixtures(x: Array, A: Array, plan: _Plan) -> Array:
+    """Tokens (n, c) to what `anchor_powers` says of them, (n, c)."""
+    return _mixtures_fwd(x, A, plan)[0]
 
 
-def _chains_fwd(x: Array, A: Array, plan: _Plan) -> tuple[tuple[Array, Array], tuple[Array, Array, _Plan]]:
-    y = _powers(x, A, plan)
-    return (y[plan.start_row], y[plan.end_row]), (y, A, plan)
-
-
-def _powers(x: Array, A: Array, plan: _Plan) -> Array:
-    """The rows (rows, c)."""
-    first, widest = plan.first, plan.widest
+def _mixtures_fwd(x: Array, A: Array, plan: _Plan) -> tuple[Array, tuple[Array, Array, _Plan]]:
+    y = jnp.pad(x[plan.anchors], ((0, plan.rows + plan.spare - len(x)), (0, 0)))
     transposed = lax.optimization_barrier(A.T)  # once, and not at every step
-
-    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        i, block, y = state
-        block = _front_times(block, transposed, 0, first[i + 1] - first[i])
-        return i + 1, block, lax.dynamic_update_slice_in_dim(y, block, first[i], 0)
-
-    x = x[plan.anchors]
-    y = jnp.pad(x, ((0, plan.rows + widest - len(x)), (0, 0)))
-    return lax.while_loop(lambda state: state[0] <= plan.last, step, (jnp.int32(1), x[:widest], y))[2]
+    y = _by_tiles(_powers, y, transposed, plan)
+    alpha = plan.alpha[:, None]
+    return (1 - alpha) * y[plan.start_row] + alpha * y[plan.end_row], (y, A, plan)
 
 
-def _chains_bwd(saved: tuple[Array, Array, _Plan], g: tuple[Array, Array]) -> tuple[Array, Array, None]:
+def _mixtures_bwd(saved: tuple[Array, Array, _Plan], g: Array) -> tuple[Array, Array, None]:
     y, A, plan = saved
-    first, widest = plan.first, plan.widest
-    row = jnp.arange(plan.rows + widest, dtype=jnp.int32)
-    power = jnp.searchsorted(first, row, side="right").astype(jnp.int32) - 1
-    token = plan.anchors[jnp.clip(row - first[power], 0, len(plan.rank) - 1)]
-    valid = row < first[plan.last + 1]
-    # a row is read by one token of the segment behind its anchor and by one of that before
-    sides = ((g[0], plan.right[token], token + plan.right[token]), (g[1], plan.left[token], token))
-    parts = [
-        jnp.where((valid & (power < gap))[:, None], side[jnp.maximum(end - 1 - power, 0)], 0)
-        for side, gap, end in sides
-    ]
-    total = parts[0] + parts[1]
-
-    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        i, block, total = state
-        count = first[i + 1] - first[i]
-        more = jnp.where((jnp.arange(widest) < count)[:, None], _front_times(block, A, 0, count), 0)
-        block = lax.dynamic_slice_in_dim(total, first[i - 1], widest, 0) + more
-        return i - 1, block, lax.dynamic_update_slice_in_dim(total, block, first[i - 1], 0)
-
-    block = lax.dynamic_slice_in_dim(total, first[plan.last], widest, 0)
-    total = lax.while_loop(lambda state: state[0] >= 1, step, (plan.last, block, total))[2]
-    # rows beyond all powers are there for the steps to write into
-    row, power, valid = (part[: plan.rows] for part in (row, power, valid))
-    later = valid & (power > 0)
-    parent = jnp.where(later, row - first[power] + first[power - 1], 0)
-    products = jnp.where(later[:, None], total[: plan.rows], 0)
-    grad_A = jnp.einsum("re,rc->ec", products, y[parent], precision=HIGHEST)
-    is_anchor = (plan.rank < first[1])[:, None]
+    row = jnp.arange(plan.rows + plan.spare, dtype=jnp.int32)
+    power = jnp.searchsorted(plan.first, row, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    total = _by_tiles(_gradients, _readers(g, row, power, plan), A, plan)
+    parent = jnp.where(row < plan.end, row - plan.first[power] + plan.first[jnp.maximum(power - 1, 0)], 0)
+    # of all rows but those of power 0, and of few more than there are
+    sizes = [min(plan.part * number, plan.rows) for number in range(1, PARTS + 1)]
+    size = sum((plan.end - plan.first[1] > size).astype(jnp.int32) for size in sizes[:-1])
+    grad_A = lax.switch(size, [partial(_grad_A, size) for size in sizes], total, y, parent, plan)
+    is_anchor = (plan.rank < plan.first[1])[:, None]
     return jnp.where(is_anchor, total[plan.rank], 0), grad_A, None
 
 
-_chains.defvjp(_chains_fwd, _chains_bwd)
+_mixtures.defvjp(_mixtures_fwd, _mixtures_bwd)
 
 
-def _front_times(rows: Array, A: Array, axis: int, count: Array) -> Array:
-    """rows (n, c) times A, contracted along this axis of A, for at least the first ``count``; the rest is void."""
-    sizes = [len(rows)]
-    while sizes[-1] > SMALLEST:
-        sizes.append(sizes[-1] - max(1, sizes[-1] // 4))
+def _readers(g: Array, row: Array, power: Array, plan: _Plan) -> Array:
+    """For each row the gradient (rows, c) from the two tokens that read it, in the segments behind and before."""
+    token = plan.anchors[jnp.clip(row - plan.first[power], 0, len(plan.rank) - 1)]
+    right, left, valid = plan.right[token], plan.left[token], row < plan.end
+    final = right < 0
+    behind = jnp.where(final, token, token + right - 1 - power)
+    before = jnp.maximum(token - 1 - power, 0)
+    reads = valid & jnp.where(final, power == 1, power < right)
+    weights = (
+        jnp.where(reads, 1 - plan.alpha[behind], 0),
+        jnp.where(valid & (power < left), plan.alpha[before], 0),
+    )
+    return weights[0][:, None] * g[behind] + weights[1][:, None] * g[before]
 
-    def product(size: int) -> Callable[[Array], Array]:
-        def apply(rows: Array) -> Array:
-            y = lax.dot_general(rows[:size], A, (((1,), (axis,)), ((), ())), precision=HIGHEST)
-            return jnp.pad(y, ((0, len(rows) - size), (0, 0)))
 
-        return apply
+def _by_tiles(run: Callable[..., Array], rows: Array, A: Array, plan: _Plan) -> Array:
+    b = len(plan.sample)
+    on_cpu = partial(run, min(TILE_CPU * b, LARGEST_CPU))
+    return lax.platform_dependent(rows, A, plan, cpu=on_cpu, default=partial(run, TILE * b))
 
-    smallest = sum((count <= size).astype(jnp.int32) for size in sizes) - 1
-    return lax.switch(smallest, [product(size) for size in sizes], rows)
+
+def _powers(tile: int, y: Array, transposed: Array, plan: _Plan) -> Array:
+    """Rows y with those of power 0 in place to all rows."""
+    first = plan.first
+
+    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        i, done, y = state
+        parents = lax.dynamic_slice_in_dim(y, first[i - 1] + done, tile, 0)
+        y = lax.dynamic_update_slice_in_dim(y, _times(parents, transposed), first[i] + done, 0)
+        complete = done + tile >= first[i + 1] - first[i]
+        return jnp.where(complete, i + 1, i), jnp.where(complete, 0, done + tile), y
+
+    return lax.while_loop(lambda state: state[0] <= plan.last, step, (jnp.int32(1), jnp.int32(0), y))[2]
+
+
+def _gradients(tile: int, total: Array, A: Array, plan: _Plan) -> Array:
+    """Gradients of rows from what reads them to those from the rows of the next power too."""
+    first, number = plan.first, jnp.arange(tile)[:, None]
+
+    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        i, done, total = state
+        count = first[i + 1] - first[i]
+        more = _times(lax.dynamic_slice_in_dim(total, first[i] + done, tile, 0), A)
+        place = first[i - 1] + done
+        parents = lax.dynamic_slice_in_dim(total, place, tile, 0) + jnp.where(number < count - done, more, 0)
+        total = lax.dynamic_update_slice_in_dim(total, parents, place, 0)
+        complete = done + tile >= count
+        return jnp.where(complete, i - 1, i), jnp.where(complete, 0, done + tile), total
+
+    return lax.while_loop(lambda state: state[0] >= 1, step, (plan.last, jnp.int32(0), total))[2]
+
+
+def _grad_A(size: int, total: Array, y: Array, parent: Array, plan: _Plan) -> Array:
+    """(c, c), of ``size`` rows from power 1 on; those beyond the last one are none."""
+    begin = plan.first[1]
+    valid = (begin + jnp.arange(size) < plan.end)[:, None]
+    products = jnp.where(valid, lax.dynamic_slice_in_dim(total, begin, size, 0), 0)
+    parents = y[lax.dynamic_slice_in_dim(parent, begin, size, 0)]
+    return jnp.einsum("re,rc->ec", products, parents, precision=HIGHEST)
+
+
+def _times(rows: Array, A: Array) -> Array:
+    return jnp.matmul(rows, A, precision=HIGHEST)
