@@ -4,7 +4,8 @@ A side is a factory ``module:function`` with keyword arguments that JSON can hol
 does one step and returns a number, and may have ``prepare()`` and ``rest()``, called untimed before and after
 each step, and ``facts()``, asked for after the last step. Each process stays alive and steps only when told to,
 and what goes on in the background ends in ``rest``, so the sides never compete for cores, drifts of the machine
-hit both alike, and each peak of memory belongs to one side.
+hit both alike, and each peak of memory belongs to one side. A turn is one step, or as many as a given time holds:
+a step of milliseconds alone, after a wait in which its cores slept, measures how they wake up.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Side:
     factory: str
     arguments: Mapping[str, Any]
     threads: int = 0
+    turn: float = 0.0
+    """Seconds that a turn has at least; steps are repeated until then, and their mean is the turn's time."""
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     value: float = float("nan")
@@ -46,7 +49,7 @@ class Side:
         environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [sys.executable, "-m", "mambamim_jax.bench.alternate", self.factory, str(self.threads)]
         self.process = subprocess.Popen(
-            [*command, json.dumps(self.arguments)],
+            [*command, str(self.turn), json.dumps(self.arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -71,7 +74,7 @@ class Side:
         return reply
 
     def step(self) -> tuple[float, float]:
-        """Does one step and returns its seconds: on the clock, and of all its process's threads on a CPU."""
+        """Takes a turn and returns a step's seconds: on the clock, and of all its process's threads on a CPU."""
         reply = self.ask("step")
         self.value, self.peak_bytes = reply["value"], reply["peak_bytes"]
         self.build_seconds = reply["build_seconds"]
@@ -138,7 +141,7 @@ def _use_threads(count: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(count)
 
 
-def _serve(factory: str, threads: int, arguments: Mapping[str, Any]) -> int:
+def _serve(factory: str, threads: int, turn: float, arguments: Mapping[str, Any]) -> int:
     """The process of one side: a line in, a step, a line of JSON out."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever the libraries print must not spoil the replies
@@ -154,14 +157,7 @@ def _serve(factory: str, threads: int, arguments: Mapping[str, Any]) -> int:
             if line.strip() == "facts":
                 reply = step.facts() if hasattr(step, "facts") else {}
             else:
-                if hasattr(step, "prepare"):
-                    step.prepare()
-                started, spent = time.perf_counter(), time.process_time()
-                reply = {"value": step(), "seconds": time.perf_counter() - started}
-                reply |= {"cpu_seconds": time.process_time() - spent}
-                reply |= {"peak_bytes": peak_bytes(), "build_seconds": built}
-                if hasattr(step, "rest"):
-                    step.rest()
+                reply = _turn(step, turn) | {"peak_bytes": peak_bytes(), "build_seconds": built}
         except Exception as error:
             text = next(iter(str(error).splitlines()), "")
             print(json.dumps({"error": f"{type(error).__name__}: {text}"}), file=replies)
@@ -170,5 +166,21 @@ def _serve(factory: str, threads: int, arguments: Mapping[str, Any]) -> int:
     return 0
 
 
+def _turn(step: Any, at_least: float) -> dict[str, float]:
+    """One step, or more until their seconds are ``at_least`` so many; the mean times, and the last one's value."""
+    count, seconds, cpu_seconds = 0, 0.0, 0.0
+    while not count or seconds < at_least:
+        if hasattr(step, "prepare"):
+            step.prepare()
+        started, spent = time.perf_counter(), time.process_time()
+        value = step()
+        seconds += time.perf_counter() - started
+        cpu_seconds += time.process_time() - spent
+        if hasattr(step, "rest"):
+            step.rest()
+        count += 1
+    return {"value": value, "seconds": seconds / count, "cpu_seconds": cpu_seconds / count}
+
+
 if __name__ == "__main__":
-    sys.exit(_serve(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])))
+    sys.exit(_serve(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), json.loads(sys.argv[4])))

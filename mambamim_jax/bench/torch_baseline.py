@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import sys
 import types
 import warnings
@@ -233,10 +234,10 @@ class PretrainStep:
 
 @dataclass
 class TokiStep:
-    """Forward and backward of the released token interpolation alone on one sample, ``active`` (l,) bool."""
+    """Forward and backward of the released token interpolation alone on one sample; each call has the next mask (l,)."""
 
     path: str
-    active: Sequence[bool]
+    active: Sequence[Sequence[bool]]
     channels: int
     seed: int = 0
 
@@ -244,20 +245,21 @@ class TokiStep:
         import torch
 
         torch.manual_seed(self.seed)
-        side = round(len(self.active) ** (1 / 3))
+        side = round(len(self.active[0]) ** (1 / 3))
         with released_code(self.path) as load:
             self.interpolate = load("models.MambaMIM").MambaMIM.mask_token_every_batch
         self.holder = types.SimpleNamespace(A_interpolation=None)
         self.A = (0.05 * torch.randn(1, self.channels, self.channels)).requires_grad_()
         self.features = torch.randn(1, self.channels, side, side, side).requires_grad_()
-        self.mask = torch.tensor(list(self.active)).reshape(1, 1, side, side, side)
+        masks = [torch.tensor(list(mask)).reshape(1, 1, side, side, side) for mask in self.active]
+        self.masks = itertools.cycle(masks)
 
     def __call__(self) -> float:
         """Does forward and backward once and returns the sum of squares of the tokens."""
         self.A.grad = self.features.grad = None
         self.holder.A_interpolation = self.A
         with on_this_device():
-            tokens = self.interpolate(self.holder, self.features, self.mask)
+            tokens = self.interpolate(self.holder, self.features, next(self.masks))
         loss = (tokens * tokens).sum()
         loss.backward()
         return loss.item()

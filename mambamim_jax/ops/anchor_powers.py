@@ -25,9 +25,9 @@ from mambamim_jax.types import Array
 HIGHEST = lax.Precision.HIGHEST
 TILE = 32
 """Rows a sample of a tile: on a GPU, where a step of a loop costs more than its products, most anchors."""
-TILE_CPU = 8
+TILE_CPU = 4
 LARGEST_CPU = 32
-"""Rows of a tile of any batch on a CPU, whose products of few rows are as fast as larger ones."""
+"""Rows of a tile of any batch on a CPU, whose products of few rows are as fast, a row, as larger ones."""
 PARTS = 16
 """Sizes that the gradient of A is compiled for: products with rows that nobody needs are its only waste."""
 
@@ -61,10 +61,14 @@ def _anchor_powers(x: Array, A: Array, start: Array, end: Array) -> Array:
 class _Plan(NamedTuple):
     """Where everything is; n = b l tokens."""
 
-    anchors: Array  # (n,) tokens, those first of which most powers are needed; after the anchors the other tokens
+    anchors: (
+        Array  # (n,) tokens, those first of which most powers are needed; after the anchors the other tokens
+    )
     rank: Array  # (n,) of a token in `anchors`
     first: Array  # (l + 2,) the first row of a power
-    last: Array  # the largest power that anybody needs
+    end: Array  # the number of rows
+    power: Array  # (rows,) of a row
+    parent: Array  # (rows,) the row of the power before, 0 where there is none
     start_row: Array  # (n,) the row that a token reads of its segment's start
     end_row: Array  # (n,) and of its end
     alpha: Array  # (n,) the end's weight
@@ -73,24 +77,18 @@ class _Plan(NamedTuple):
     sample: Array  # (b,) its number, for its length
 
     @property
-    def rows(self) -> int:
-        """Most rows that there can be: an anchor has at most as many as its two gaps together."""
-        return 2 * len(self.rank)
-
-    @property
     def part(self) -> int:
         """Rows by which the sizes differ that the gradient of A is compiled for."""
-        return -(-self.rows // PARTS)
+        return _part(len(self.rank))
 
-    @property
-    def spare(self) -> int:
-        """Rows behind all others, for what is read or written too much."""
-        return max(TILE * len(self.sample), self.part)
 
-    @property
-    def end(self) -> Array:
-        """The number of rows."""
-        return self.first[self.last + 1]
+def _most(n: int) -> int:
+    """Rows that n tokens can have: an anchor has at most as many as its two gaps together."""
+    return 2 * n
+
+
+def _part(n: int) -> int:
+    return -(-_most(n) // PARTS)
 
 
 def _plan(start: Array, end: Array, dtype: jnp.dtype) -> _Plan:
@@ -111,8 +109,12 @@ def _plan(start: Array, end: Array, dtype: jnp.dtype) -> _Plan:
     begins = first[jnp.where(final, 1, jnp.maximum(end - 1 - place, 0))]
     start_row, end_row = (begins + rank[side + length * sample[:, None]] for side in (start, end))
     end_row = jnp.where(alpha == 0, start_row, end_row)
+    spare = max(TILE * b, _part(b * length))  # for what is read or written too much
+    row = jnp.arange(_most(b * length) + spare, dtype=jnp.int32)
+    power = jnp.searchsorted(first, row, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    parent = jnp.where((power > 0) & (row < first[-1]), row - first[power] + first[power - 1], 0)
     parts = (start_row, end_row, alpha, left, jnp.where(final, -1, right))
-    return _Plan(order, rank, first, jnp.max(needed) - 1, *(part.reshape(-1) for part in parts), sample)
+    return _Plan(order, rank, first, first[-1], power, parent, *(part.reshape(-1) for part in parts), sample)
 
 
 @jax.custom_vjp
@@ -122,7 +124,7 @@ def _mixtures(x: Array, A: Array, plan: _Plan) -> Array:
 
 
 def _mixtures_fwd(x: Array, A: Array, plan: _Plan) -> tuple[Array, tuple[Array, Array, _Plan]]:
-    y = jnp.pad(x[plan.anchors], ((0, plan.rows + plan.spare - len(x)), (0, 0)))
+    y = jnp.pad(x[plan.anchors], ((0, len(plan.power) - len(x)), (0, 0)))
     transposed = lax.optimization_barrier(A.T)  # once, and not at every step
     y = _by_tiles(_powers, y, transposed, plan)
     alpha = plan.alpha[:, None]
@@ -131,14 +133,11 @@ def _mixtures_fwd(x: Array, A: Array, plan: _Plan) -> tuple[Array, tuple[Array, 
 
 def _mixtures_bwd(saved: tuple[Array, Array, _Plan], g: Array) -> tuple[Array, Array, None]:
     y, A, plan = saved
-    row = jnp.arange(plan.rows + plan.spare, dtype=jnp.int32)
-    power = jnp.searchsorted(plan.first, row, side="right", method="scan_unrolled").astype(jnp.int32) - 1
-    total = _by_tiles(_gradients, _readers(g, row, power, plan), A, plan)
-    parent = jnp.where(row < plan.end, row - plan.first[power] + plan.first[jnp.maximum(power - 1, 0)], 0)
+    total = _by_tiles(_gradients, _readers(g, plan), A, plan)
     # of all rows but those of power 0, and of few more than there are
-    sizes = [min(plan.part * number, plan.rows) for number in range(1, PARTS + 1)]
+    sizes = [min(plan.part * number, _most(len(g))) for number in range(1, PARTS + 1)]
     size = sum((plan.end - plan.first[1] > size).astype(jnp.int32) for size in sizes[:-1])
-    grad_A = lax.switch(size, [partial(_grad_A, size) for size in sizes], total, y, parent, plan)
+    grad_A = lax.switch(size, [partial(_grad_A, size) for size in sizes], total, y, plan)
     is_anchor = (plan.rank < plan.first[1])[:, None]
     return jnp.where(is_anchor, total[plan.rank], 0), grad_A, None
 
@@ -146,8 +145,9 @@ def _mixtures_bwd(saved: tuple[Array, Array, _Plan], g: Array) -> tuple[Array, A
 _mixtures.defvjp(_mixtures_fwd, _mixtures_bwd)
 
 
-def _readers(g: Array, row: Array, power: Array, plan: _Plan) -> Array:
+def _readers(g: Array, plan: _Plan) -> Array:
     """For each row the gradient (rows, c) from the two tokens that read it, in the segments behind and before."""
+    row, power = jnp.arange(len(plan.power)), plan.power
     token = plan.anchors[jnp.clip(row - plan.first[power], 0, len(plan.rank) - 1)]
     right, left, valid = plan.right[token], plan.left[token], row < plan.end
     final = right < 0
@@ -169,41 +169,43 @@ def _by_tiles(run: Callable[..., Array], rows: Array, A: Array, plan: _Plan) -> 
 
 def _powers(tile: int, y: Array, transposed: Array, plan: _Plan) -> Array:
     """Rows y with those of power 0 in place to all rows."""
-    first = plan.first
+    following = jnp.minimum(jnp.arange(len(y), dtype=jnp.int32) + tile, plan.first[plan.power + 1])
 
-    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        i, done, y = state
-        parents = lax.dynamic_slice_in_dim(y, first[i - 1] + done, tile, 0)
-        y = lax.dynamic_update_slice_in_dim(y, _times(parents, transposed), first[i] + done, 0)
-        complete = done + tile >= first[i + 1] - first[i]
-        return jnp.where(complete, i + 1, i), jnp.where(complete, 0, done + tile), y
+    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        row, y = state
+        parents = lax.dynamic_slice_in_dim(y, plan.parent[row], tile, 0)
+        return following[row], lax.dynamic_update_slice_in_dim(y, _times(parents, transposed), row, 0)
 
-    return lax.while_loop(lambda state: state[0] <= plan.last, step, (jnp.int32(1), jnp.int32(0), y))[2]
+    return lax.while_loop(lambda state: state[0] < plan.end, step, (plan.first[1], y))[1]
 
 
 def _gradients(tile: int, total: Array, A: Array, plan: _Plan) -> Array:
     """Gradients of rows from what reads them to those from the rows of the next power too."""
-    first, number = plan.first, jnp.arange(tile)[:, None]
+    first, row = plan.first, jnp.arange(len(total), dtype=jnp.int32)
+    number = jnp.arange(tile, dtype=jnp.int32)[:, None]
+    begin, stop, before = first[plan.power], first[plan.power + 1], first[jnp.maximum(plan.power - 1, 0)]
+    previous = jnp.where(row > begin, row - tile, before + (begin - 1 - before) // tile * tile)
 
-    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        i, done, total = state
-        count = first[i + 1] - first[i]
-        more = _times(lax.dynamic_slice_in_dim(total, first[i] + done, tile, 0), A)
-        place = first[i - 1] + done
-        parents = lax.dynamic_slice_in_dim(total, place, tile, 0) + jnp.where(number < count - done, more, 0)
-        total = lax.dynamic_update_slice_in_dim(total, parents, place, 0)
-        complete = done + tile >= count
-        return jnp.where(complete, i - 1, i), jnp.where(complete, 0, done + tile), total
+    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        row, total = state
+        more = _times(lax.dynamic_slice_in_dim(total, row, tile, 0), A)
+        place = plan.parent[row]
+        parents = lax.dynamic_slice_in_dim(total, place, tile, 0) + jnp.where(
+            number < stop[row] - row, more, 0
+        )
+        return previous[row], lax.dynamic_update_slice_in_dim(total, parents, place, 0)
 
-    return lax.while_loop(lambda state: state[0] >= 1, step, (plan.last, jnp.int32(0), total))[2]
+    last = begin[plan.end - 1]
+    last = last + (plan.end - 1 - last) // tile * tile
+    return lax.while_loop(lambda state: state[0] >= first[1], step, (last, total))[1]
 
 
-def _grad_A(size: int, total: Array, y: Array, parent: Array, plan: _Plan) -> Array:
+def _grad_A(size: int, total: Array, y: Array, plan: _Plan) -> Array:
     """(c, c), of ``size`` rows from power 1 on; those beyond the last one are none."""
     begin = plan.first[1]
     valid = (begin + jnp.arange(size) < plan.end)[:, None]
     products = jnp.where(valid, lax.dynamic_slice_in_dim(total, begin, size, 0), 0)
-    parents = y[lax.dynamic_slice_in_dim(parent, begin, size, 0)]
+    parents = y[lax.dynamic_slice_in_dim(plan.parent, begin, size, 0)]
     return jnp.einsum("re,rc->ec", products, parents, precision=HIGHEST)
 
 
