@@ -2,9 +2,9 @@
 
 python launch/bench.py toki [--released=PATH] [--side=6] [--channels=384] [--active=54] [--masks=16]
 
-Each call takes the next mask of a number drawn like those of training; times are means over them. A turn lasts a quarter of
-a second at least: alone between the other side's, a step of milliseconds would be timed while its cores wake up
-(``--turn=0`` does that).
+Each call takes the next mask of a number drawn like those of training; times are means over them. A turn lasts a
+quarter of a second at least: alone between the other side's, a step of milliseconds would be timed while its cores
+wake up (``--turn=0`` does that).
 """
 
 from __future__ import annotations

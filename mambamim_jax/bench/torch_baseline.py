@@ -234,7 +234,7 @@ class PretrainStep:
 
 @dataclass
 class TokiStep:
-    """Forward and backward of the released token interpolation alone on one sample; each call has the next mask (l,)."""
+    """Forward and backward of the released token interpolation alone on one sample, of a mask (l,) a call, in turn."""
 
     path: str
     active: Sequence[Sequence[bool]]

@@ -61,9 +61,7 @@ def _anchor_powers(x: Array, A: Array, start: Array, end: Array) -> Array:
 class _Plan(NamedTuple):
     """Where everything is; n = b l tokens."""
 
-    anchors: (
-        Array  # (n,) tokens, those first of which most powers are needed; after the anchors the other tokens
-    )
+    anchors: Array  # (n,) tokens, first those of which most powers are needed; behind the anchors all others
     rank: Array  # (n,) of a token in `anchors`
     first: Array  # (l + 2,) the first row of a power
     end: Array  # the number of rows
@@ -74,12 +72,7 @@ class _Plan(NamedTuple):
     alpha: Array  # (n,) the end's weight
     left: Array  # (n,) powers 0 … left-1 of an anchor serve the segment before it
     right: Array  # (n,) and 0 … right-1 that behind it; -1 for the last one, of which the token itself reads power 1
-    sample: Array  # (b,) its number, for its length
-
-    @property
-    def part(self) -> int:
-        """Rows by which the sizes differ that the gradient of A is compiled for."""
-        return _part(len(self.rank))
+    sample: Array  # (b,) its number; its length is what counts
 
 
 def _most(n: int) -> int:
@@ -88,6 +81,7 @@ def _most(n: int) -> int:
 
 
 def _part(n: int) -> int:
+    """Rows by which the sizes differ that the gradient of A is compiled for."""
     return -(-_most(n) // PARTS)
 
 
@@ -113,8 +107,8 @@ def _plan(start: Array, end: Array, dtype: jnp.dtype) -> _Plan:
     row = jnp.arange(_most(b * length) + spare, dtype=jnp.int32)
     power = jnp.searchsorted(first, row, side="right", method="scan_unrolled").astype(jnp.int32) - 1
     parent = jnp.where((power > 0) & (row < first[-1]), row - first[power] + first[power - 1], 0)
-    parts = (start_row, end_row, alpha, left, jnp.where(final, -1, right))
-    return _Plan(order, rank, first, first[-1], power, parent, *(part.reshape(-1) for part in parts), sample)
+    flat = [part.reshape(-1) for part in (start_row, end_row, alpha, left, jnp.where(final, -1, right))]
+    return _Plan(order, rank, first, first[-1], power, parent, *flat, sample=sample)
 
 
 @jax.custom_vjp
@@ -135,7 +129,7 @@ def _mixtures_bwd(saved: tuple[Array, Array, _Plan], g: Array) -> tuple[Array, A
     y, A, plan = saved
     total = _by_tiles(_gradients, _readers(g, plan), A, plan)
     # of all rows but those of power 0, and of few more than there are
-    sizes = [min(plan.part * number, _most(len(g))) for number in range(1, PARTS + 1)]
+    sizes = [min(_part(len(g)) * number, _most(len(g))) for number in range(1, PARTS + 1)]
     size = sum((plan.end - plan.first[1] > size).astype(jnp.int32) for size in sizes[:-1])
     grad_A = lax.switch(size, [partial(_grad_A, size) for size in sizes], total, y, plan)
     is_anchor = (plan.rank < plan.first[1])[:, None]
