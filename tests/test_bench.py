@@ -47,6 +47,13 @@ def test_sides_step_in_turn_and_report_facts():
     assert all(len(side.seconds) == 2 and side.peak_bytes > 0 for side in sides)
 
 
+def test_a_turn_is_as_many_steps_as_it_has_time_for():
+    side = Side("many", "tests.test_bench:Counter", {"start": 0}, turn=0.05)
+    measure([side], steps=2, warm_up=0)
+    assert side.facts["count"] > 2
+    assert all(0 < seconds < 0.05 for seconds in side.seconds)
+
+
 def test_a_failing_side_is_named_in_one_line():
     side = Side("weak", "tests.test_bench:Counter", {"start": 0, "fail_at": 2})
     with pytest.raises(SideError, match=r"^weak: ValueError: gave up$"):
@@ -100,8 +107,10 @@ def test_profiles_are_ranked_by_jax_operation(tmp_path):
 
 
 def test_toki_without_the_baseline(capsys):
-    assert toki.main(["--side=2", "--channels=8", "--active=3", "--steps=1"]) == 0
-    assert "| ours" in capsys.readouterr().out
+    assert toki.main(["--side=2", "--channels=8", "--active=3", "--masks=2", "--turn=0.01"]) == 0
+    shown = capsys.readouterr().out
+    assert "| ours" in shown
+    assert "3 active, 2 masks" in shown
 
 
 def test_step_checks_its_arguments_before_any_work(capsys):

@@ -107,8 +107,10 @@ def _plan(start: Array, end: Array, dtype: jnp.dtype) -> _Plan:
     row = jnp.arange(_most(b * length) + spare, dtype=jnp.int32)
     power = jnp.searchsorted(first, row, side="right", method="scan_unrolled").astype(jnp.int32) - 1
     parent = jnp.where((power > 0) & (row < first[-1]), row - first[power] + first[power - 1], 0)
-    flat = [part.reshape(-1) for part in (start_row, end_row, alpha, left, jnp.where(final, -1, right))]
-    return _Plan(order, rank, first, first[-1], power, parent, *flat, sample=sample)
+    flat = jnp.ravel
+    read = flat(start_row), flat(end_row), flat(alpha)
+    right = flat(jnp.where(final, -1, right))
+    return _Plan(order, rank, first, first[-1], power, parent, *read, flat(left), right, sample)
 
 
 @jax.custom_vjp
