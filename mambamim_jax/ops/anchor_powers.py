@@ -23,9 +23,9 @@ from mambamim_jax.ops import partition
 from mambamim_jax.types import Array
 
 HIGHEST = lax.Precision.HIGHEST
-TILE = 32
-"""Rows a sample of a tile: on a GPU, where a step of a loop costs more than its products, most anchors."""
-TILE_CPU = 4
+TILE, TILES = 32, 4
+"""Rows a sample of a tile, and tiles of a step: on a GPU, where the host waits for every step of a loop, 50 µs."""
+TILE_CPU, TILES_CPU = 4, 1
 LARGEST_CPU = 32
 """Rows of a tile of any batch on a CPU, whose products of few rows are as fast, a row, as larger ones."""
 PARTS = 16
@@ -159,28 +159,35 @@ def _readers(g: Array, plan: _Plan) -> Array:
 
 def _by_tiles(run: Callable[..., Array], rows: Array, A: Array, plan: _Plan) -> Array:
     b = len(plan.sample)
-    on_cpu = partial(run, min(TILE_CPU * b, LARGEST_CPU))
-    return lax.platform_dependent(rows, A, plan, cpu=on_cpu, default=partial(run, TILE * b))
+    on_cpu = partial(run, min(TILE_CPU * b, LARGEST_CPU), TILES_CPU)
+    return lax.platform_dependent(rows, A, plan, cpu=on_cpu, default=partial(run, TILE * b, TILES))
 
 
-def _powers(tile: int, y: Array, transposed: Array, plan: _Plan) -> Array:
-    """Rows y with those of power 0 in place to all rows."""
+def _powers(tile: int, tiles: int, y: Array, transposed: Array, plan: _Plan) -> Array:
+    """Rows y with those of power 0 in place to all rows; the last step may write behind them."""
     following = jnp.minimum(jnp.arange(len(y), dtype=jnp.int32) + tile, plan.first[plan.power + 1])
 
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
         row, y = state
-        parents = lax.dynamic_slice_in_dim(y, plan.parent[row], tile, 0)
-        return following[row], lax.dynamic_update_slice_in_dim(y, _times(parents, transposed), row, 0)
+        for _ in range(tiles):
+            parents = lax.dynamic_slice_in_dim(y, plan.parent[row], tile, 0)
+            y = lax.dynamic_update_slice_in_dim(y, _times(parents, transposed), row, 0)
+            row = following[row]
+        return row, y
 
     return lax.while_loop(lambda state: state[0] < plan.end, step, (plan.first[1], y))[1]
 
 
-def _gradients(tile: int, total: Array, A: Array, plan: _Plan) -> Array:
-    """Gradients of rows from what reads them to those from the rows of the next power too."""
+def _gradients(tile: int, tiles: int, total: Array, A: Array, plan: _Plan) -> Array:
+    """Gradients of rows from what reads them to those from the rows of the next power too.
+
+    What the last step does too much stays at power 0, and adds nothing.
+    """
     first, row = plan.first, jnp.arange(len(total), dtype=jnp.int32)
     number = jnp.arange(tile, dtype=jnp.int32)[:, None]
     begin, stop, before = first[plan.power], first[plan.power + 1], first[jnp.maximum(plan.power - 1, 0)]
     previous = jnp.where(row > begin, row - tile, before + (begin - 1 - before) // tile * tile)
+    previous = jnp.maximum(previous, 0)
 
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
         row, total = state

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mambamim_jax.ops import anchor_powers as anchor_powers_module
 from mambamim_jax.ops.anchor_powers import anchor_powers
 
 CASES = {
@@ -46,8 +47,9 @@ def reference(x, A, start, end):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("scale", [0.0, 0.4])
-def test_equals_matrix_powers(name, scale):
+@pytest.mark.parametrize(("scale", "tiles"), [(0.0, 1), (0.4, 1), (0.4, 4)])
+def test_equals_matrix_powers(name, scale, tiles, monkeypatch):
+    monkeypatch.setattr(anchor_powers_module, "TILES_CPU", tiles)
     batch, length, inner = CASES[name]
     start, end = anchors(batch, length, inner)
     draw = np.random.default_rng(0)
