@@ -2,10 +2,10 @@
 
 A side is a factory ``module:function`` with keyword arguments that JSON can hold; it returns a callable that
 does one step and returns a number, and may have ``prepare()`` and ``rest()``, called untimed before and after
-each step, ``facts()``, asked for after the last step, and ``turn``, see below. Each process stays alive and steps only when told to,
-and what goes on in the background ends in ``rest``, so the sides never compete for cores, drifts of the machine
-hit both alike, and each peak of memory belongs to one side. A turn is one step, or as many as ``turn`` seconds hold:
-a step of milliseconds alone, after a wait in which its cores slept, measures how they wake up.
+each step, ``facts()``, asked for after the last step, and ``turn``, see below. Each process stays alive and steps
+only when told to, and what goes on in the background ends in ``rest``, so the sides never compete for cores, drifts
+of the machine hit both alike, and each peak of memory belongs to one side. A turn is one step, or as many as ``turn``
+seconds hold: a step of milliseconds alone, after a wait in which its cores slept, measures how they wake up.
 """
 
 from __future__ import annotations
@@ -157,10 +157,8 @@ def _serve(factory: str, threads: int, turn: float, arguments: Mapping[str, Any]
             if line.strip() == "facts":
                 reply = step.facts() if hasattr(step, "facts") else {}
             else:
-                reply = _turn(step, max(turn, getattr(step, "turn", 0.0))) | {
-                    "peak_bytes": peak_bytes(),
-                    "build_seconds": built,
-                }
+                reply = _turn(step, max(turn, getattr(step, "turn", 0.0)))
+                reply |= {"peak_bytes": peak_bytes(), "build_seconds": built}
         except Exception as error:
             text = next(iter(str(error).splitlines()), "")
             print(json.dumps({"error": f"{type(error).__name__}: {text}"}), file=replies)
