@@ -33,12 +33,12 @@ def get_config(preset: str = "hymamba_b") -> ConfigDict:
         # Coarse voxels: a patch then holds anatomy rather than texture, and the loss falls within the demo's minutes.
         config.data.crop, config.data.spacing = (48, 48, 48), (4.0, 4.0, 4.0)
         config.data.crops_per_volume, config.data.volumes_per_batch = 1, 2
-        config.epochs, config.steps = 0, 100
+        config.epochs, config.steps = 0, 120
         small_widths(config)
         config.model.decoder_width = 64
         # Fast enough to see the loss fall, and slow enough that bfloat16 keeps to within 1% of its losses.
         config.optim.learning_rate, config.optim.warmup = 7e-4, 0.1
-        config.log.panel_every = config.checkpoint.every = 50
+        config.log.panel_every = config.checkpoint.every = 60
     elif preset == "openkbp_cpu":
         config.data.crop, config.data.spacing = (32, 32, 32), (6.0, 6.0, 6.0)
         config.data.crops_per_volume, config.data.volumes_per_batch = 1, 4

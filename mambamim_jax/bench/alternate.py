@@ -1,11 +1,12 @@
 """Two or more sides measured alternately in one run, each in a process of its own.
 
 A side is a factory ``module:function`` with keyword arguments that JSON can hold; it returns a callable that
-does one step and returns a number, and may have ``prepare()`` and ``rest()``, called untimed before and after
-each step, ``facts()``, asked for after the last step, and ``turn``, see below. Each process stays alive and steps
-only when told to, and what goes on in the background ends in ``rest``, so the sides never compete for cores, drifts
-of the machine hit both alike, and each peak of memory belongs to one side. A turn is one step, or as many as ``turn``
-seconds hold: a step of milliseconds alone, after a wait in which its cores slept, measures how they wake up.
+does one step and returns a number (or an array of one), and may have ``prepare()`` and ``rest()``, called untimed
+before and after each step, ``facts()``, asked for after the last step, and ``turn``, see below. Each process stays
+alive and steps only when told to, and what goes on in the background ends in ``rest``, so the sides never compete
+for cores, drifts of the machine hit both alike, and each peak of memory belongs to one side. A turn is one step, or as
+many as ``turn`` seconds hold: a step of milliseconds alone, after a wait in which its cores slept, measures how they
+wake up.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def _turn(step: Any, at_least: float) -> dict[str, float]:
         if hasattr(step, "rest"):
             step.rest()
         count += 1
-    return {"value": value, "seconds": seconds / count, "cpu_seconds": cpu_seconds / count}
+    return {"value": float(value), "seconds": seconds / count, "cpu_seconds": cpu_seconds / count}
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 python launch/bench.py toki [--released=PATH] [--side=6] [--channels=384] [--active=54] [--masks=16]
 
 Each call takes the next mask of a number drawn like those of training; times are means over them. A turn lasts a
-quarter of a second at least: alone between the other side's, a step of milliseconds would be timed while its cores
-wake up (``--turn=0`` does that).
+second at least: alone between the other side's, a step of milliseconds would be timed while its cores wake up
+(``--turn=0`` does that).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def masks(tokens: int, active: int, count: int) -> list[list[bool]]:
 
 def ours(
     active: Sequence[Sequence[bool]], channels: int, dtype: str = "float32", seed: int = 0
-) -> Callable[[], float]:
+) -> Callable[[], Any]:
     """Forward and backward of one sample with gradients of A and the tokens; each call has the next mask (l,)."""
     import jax
     import jax.numpy as jnp
@@ -46,7 +46,7 @@ def ours(
         return jnp.sum(tokens * tokens)
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    return lambda: float(jax.block_until_ready(step(features, A, next(given)))[0])
+    return lambda: jax.block_until_ready(step(features, A, next(given)))[0]
 
 
 def theirs(
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--channels", type=int, default=384)
     parser.add_argument("--active", type=int, default=54, help="visible tokens")
     parser.add_argument("--masks", type=int, default=16, help="how many, and turns of each side")
-    parser.add_argument("--turn", type=float, default=0.25, help="seconds of a turn, at least; 0: one call")
+    parser.add_argument("--turn", type=float, default=1.0, help="seconds of a turn, at least; 0: one call")
     parser.add_argument("--threads", type=int, default=0, help="cores for each side, 0 for all")
     options = parser.parse_args(argv)
     tokens = options.side**3
