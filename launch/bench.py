@@ -18,10 +18,12 @@ NAMES = ("step", "toki", "scan", "loader", "preprocess", "predict", "scaling", "
 
 def main(argv: list[str]) -> int:
     """Runs the benchmark that the first argument names."""
+    if argv[:1] in (["--help"], ["-h"]):
+        print(__doc__)
+        return 0
     if not argv or argv[0] not in NAMES:
         found = argv[0] if argv else "nothing"
-        print(f"bench: found {found}, expected one of {', '.join(NAMES)}", file=sys.stderr)
-        print(__doc__, file=sys.stderr)
+        print(f"bench.py: found {found}, expected one of {', '.join(NAMES)}", file=sys.stderr)
         return 2
     return importlib.import_module(f"mambamim_jax.bench.{argv[0]}").main(argv[1:])
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mambamim_jax.checks import LineParser
 from mambamim_jax.convert import ConversionError, flatten, from_official, to_official
 from mambamim_jax.weight_files import WeightFileError, nest, read_arrays, write_arrays
 
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Converts one file; 0, or 2 with one line on what is wrong."""
     description, _, usage = (__doc__ or "").partition("\n\n")
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=usage, formatter_class=formatter)
+    parser = LineParser(description=description, epilog=usage, formatter_class=formatter)
     parser.add_argument("--to", choices=("ours", "official"), required=True)
     parser.add_argument(
         "--partial", action="store_true", help="keep what fits where some arrays do not (to ours)"

@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mambamim_jax.checks import LineParser
+
 
 def main(argv: list[str] | None = None) -> int:
     """0, or 2 with one line on what is wrong."""
@@ -32,10 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> LineParser:
     description, _, usage = (__doc__ or "").partition("\n\n")
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=usage, formatter_class=formatter)
+    parser = LineParser(description=description, epilog=usage, formatter_class=formatter)
     parser.add_argument("--predictions", type=_path, required=True, metavar="FOLDER")
     parser.add_argument("--labels", type=_path, required=True, metavar="FOLDER")
     parser.add_argument("--output", type=_path, required=True, metavar="FOLDER")

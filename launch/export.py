@@ -15,12 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mambamim_jax.checks import LineParser
+
 
 def main(argv: list[str] | None = None) -> int:
     """0, or 2 with one line on what is wrong."""
     description, _, usage = (__doc__ or "").partition("\n\n")
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=usage, formatter_class=formatter)
+    parser = LineParser(description=description, epilog=usage, formatter_class=formatter)
     parser.add_argument("--part", choices=("whole", "encoder"), default="whole")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("output", metavar="OUT", help="a folder, or a .pth, .safetensors or .npz file")

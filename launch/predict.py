@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mambamim_jax.checks import LineParser
+
 AXES = "hwd"
 
 
@@ -44,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> LineParser:
     description, _, usage = (__doc__ or "").partition("\n\n")
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=usage, formatter_class=formatter)
+    parser = LineParser(description=description, epilog=usage, formatter_class=formatter)
     parser.add_argument("--model", action="append", required=True, metavar="FOLDER")
     parser.add_argument("--input", required=True, metavar="FILE|FOLDER")
     parser.add_argument("--output", required=True, metavar="FOLDER")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mambamim_jax.checks import LineParser
 from mambamim_jax.data.benchmarks import BENCHMARKS
 from mambamim_jax.data.datasets import DatasetError
 from mambamim_jax.data.prepare import prepare
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prepares one benchmark; 0, or 2 with one line on what is wrong."""
     description, _, usage = (__doc__ or "").partition("\n\n")
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=usage, formatter_class=formatter)
+    parser = LineParser(description=description, epilog=usage, formatter_class=formatter)
     parser.add_argument("name", metavar="NAME", choices=sorted(BENCHMARKS))
     parser.add_argument("--source", required=True, help="the extracted download")
     parser.add_argument("--output", required=True, help="a new folder")

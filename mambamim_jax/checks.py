@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Sequence
+from typing import NoReturn
 
 
 class ConfigError(ValueError):
@@ -30,3 +32,11 @@ def did_you_mean(found: str, choices: Sequence[str]) -> str:
     """A hint at the choice nearest to what was found, or nothing."""
     close = difflib.get_close_matches(found, choices, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else ""
+
+
+class LineParser(argparse.ArgumentParser):
+    """A command line whose errors are one line, too; the exit code is 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program."""
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")

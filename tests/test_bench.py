@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from mambamim_jax.checks import ConfigError
 from mambamim_jax.ops.selective_scan import triton, tuning
 from tests.data import ct_files
 
+ROOT = Path(__file__).parents[1]
 HLO = """
 %cudnn.3 = (f32[2,6]{1,0}, u8[0]{0}) custom-call(%a), custom_call_target="conv", metadata={op_name="jit(f)/conv"}
 ROOT %fusion.1 = f32[4]{0} fusion(%x), kind=kLoop, metadata={op_name="jit(f)/transpose(jvp())/while/mul"}
@@ -111,6 +114,16 @@ def test_toki_without_the_baseline(capsys):
     shown = capsys.readouterr().out
     assert "| ours" in shown
     assert "3 active, 2 masks" in shown
+
+
+def test_command_lines_are_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        toki.main(["--stepz=3"])
+    assert end.value.code == 2
+    assert runpy.run_path(str(ROOT / "launch" / "bench.py"))["main"](["nothing"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "unrecognized arguments: --stepz=3; --help" in first
+    assert "found nothing, expected one of step, toki" in second
 
 
 def test_step_checks_its_arguments_before_any_work(capsys):

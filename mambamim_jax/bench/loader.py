@@ -16,6 +16,7 @@ from typing import Any
 
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.tables import print_table
+from mambamim_jax.checks import LineParser
 
 HERE = "mambamim_jax.bench.loader"
 
@@ -117,7 +118,7 @@ def remember(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 0, or 2 where a side cannot run."""
-    parser = argparse.ArgumentParser(prog="bench.py loader", description=(__doc__ or "").splitlines()[0])
+    parser = LineParser(prog="bench.py loader", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--source", help="data sets, commas between; phantoms if not given")
     parser.add_argument("--volumes", type=int, default=0, help="as many of them, spread evenly; 0 for all")
     parser.add_argument("--crop", type=int, default=96)

@@ -9,7 +9,6 @@ the released code; without --released ours is measured alone.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.tables import print_table
+from mambamim_jax.checks import LineParser
 from mambamim_jax.types import NumpyArray, Size3
 
 HERE = "mambamim_jax.bench.predict"
@@ -225,8 +225,8 @@ def _agreement(ours: NumpyArray, theirs: NumpyArray) -> str:
     return f"{far}; labels equal: {same:.4%}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench.py predict", description=(__doc__ or "").splitlines()[0])
+def _parser() -> LineParser:
+    parser = LineParser(prog="bench.py predict", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--released", metavar="PATH", help="a checkout of the authors' code (needs PyTorch, MONAI)"
     )

@@ -5,7 +5,6 @@ python launch/bench.py preprocess [--monai] [--steps=5] [IMAGE …]
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.tables import print_table
+from mambamim_jax.checks import LineParser
 
 
 class ToStore:
@@ -72,7 +72,7 @@ def synthetic(path: Path, slices: int) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 0, or 2 where a side cannot run."""
-    parser = argparse.ArgumentParser(prog="bench.py preprocess", description=(__doc__ or "").splitlines()[0])
+    parser = LineParser(prog="bench.py preprocess", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("images", nargs="*", help="files; a made-up 512×512×140 CT if none are given")
     parser.add_argument("--slices", type=int, default=140, help="of the made-up CT")
     parser.add_argument("--steps", type=int, default=5)

@@ -22,7 +22,7 @@ from mambamim_jax.bench.collectives import KINDS, Links, Program, by_kind
 from mambamim_jax.bench.profile import matrix_flops
 from mambamim_jax.bench.step import settings
 from mambamim_jax.bench.tables import print_table
-from mambamim_jax.checks import ConfigError
+from mambamim_jax.checks import ConfigError, LineParser
 from mambamim_jax.settings import MeshConfig, PretrainConfig
 
 STEPS = 1000  # of the schedule
@@ -253,8 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench.py scaling", description=(__doc__ or "").splitlines()[0])
+def _parser() -> LineParser:
+    parser = LineParser(prog="bench.py scaling", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--devices", type=_numbers, help="how many in turn; powers of two up to all if not given"
     )

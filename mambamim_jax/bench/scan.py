@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mambamim_jax.bench.tables import print_table
+from mambamim_jax.checks import LineParser
 from mambamim_jax.ops.selective_scan import api, triton, tuning
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
 
@@ -234,7 +235,7 @@ def sweep_launches(base: tuning.Launch, channels: int, mode: str) -> list[tuning
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables; 0."""
-    parser = argparse.ArgumentParser(prog="bench.py scan", description=(__doc__ or "").splitlines()[0])
+    parser = LineParser(prog="bench.py scan", description=(__doc__ or "").splitlines()[0])
     on_gpu = jax.default_backend() == "gpu"
     default = "pallas_triton,associative" if on_gpu else "sequential,associative"
     parser.add_argument(

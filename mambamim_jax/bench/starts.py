@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from mambamim_jax.bench.stages import StageError, Stages
+from mambamim_jax.checks import LineParser
 from mambamim_jax.data.datasets import DatasetError, discover
 from mambamim_jax.data.labels import SPLITS, make_split
 from mambamim_jax.evaluate.metrics import METRICS
@@ -237,7 +238,7 @@ def main(argv: list[str]) -> int:
     """Everything; 0, or 2 with one line on what is wrong."""
     description, _, usage = (__doc__ or "").partition("\n\n")
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = LineParser(
         prog="launch/compare.py", description=description, epilog=usage, formatter_class=formatter
     )
     parser.add_argument("--source", type=Path, required=True, help="an nnU-Net raw data set with a split")

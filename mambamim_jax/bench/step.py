@@ -9,7 +9,6 @@ handed over before the one before it has ended there, as in training, and steps 
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.profile import Cost, costliest, matrix_flops, product_ceiling
 from mambamim_jax.bench.tables import print_table
-from mambamim_jax.checks import ConfigError
+from mambamim_jax.checks import ConfigError, LineParser
 from mambamim_jax.config import parse_command_line
 from mambamim_jax.settings import PHANTOMS, PretrainConfig
 
@@ -164,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return failed
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench.py step", description=(__doc__ or "").splitlines()[0])
+def _parser() -> LineParser:
+    parser = LineParser(prog="bench.py step", description=(__doc__ or "").splitlines()[0])
     numbers, names = _list_of(int), _list_of(str)
     parser.add_argument("--released", metavar="PATH", help="a checkout of the authors' code (needs PyTorch)")
     parser.add_argument("--batch", type=numbers, default=[1], help="crops, several separated by commas")

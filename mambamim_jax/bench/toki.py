@@ -9,7 +9,6 @@ second at least: alone between the other side's, a step of milliseconds would be
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import random
 import statistics
@@ -19,6 +18,7 @@ from typing import Any
 
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.tables import print_table
+from mambamim_jax.checks import LineParser
 
 
 def masks(tokens: int, active: int, count: int) -> list[list[bool]]:
@@ -64,7 +64,7 @@ def theirs(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 0, or 2 where a side cannot run."""
-    parser = argparse.ArgumentParser(prog="bench.py toki", description=(__doc__ or "").splitlines()[0])
+    parser = LineParser(prog="bench.py toki", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--released", metavar="PATH", help="a checkout of the authors' code (needs PyTorch)")
     parser.add_argument("--side", type=int, default=6, help="patches along each axis (6 at 96 voxels)")
     parser.add_argument("--channels", type=int, default=384)
