@@ -146,7 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             rows += [_row(side, sides, dtype, batch) for side in sides]
             for side in sides:  # at once, since what is still to come can take minutes and may be stopped
-                print(f"{side.name}, {dtype}, batch {batch}: {side.median:.3g} s", file=sys.stderr, flush=True)
+                print(
+                    f"{side.name}, {dtype}, batch {batch}: {side.median:.3g} s", file=sys.stderr, flush=True
+                )
             details.append((dtype, batch, sides[0].facts))
     crop = "×".join(map(str, config.data.crop))
     header = [
