@@ -191,12 +191,14 @@ def _gradients(tile: int, tiles: int, total: Array, A: Array, plan: _Plan) -> Ar
 
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
         row, total = state
-        more = _times(lax.dynamic_slice_in_dim(total, row, tile, 0), A)
-        place = plan.parent[row]
-        parents = lax.dynamic_slice_in_dim(total, place, tile, 0) + jnp.where(
-            number < stop[row] - row, more, 0
-        )
-        return previous[row], lax.dynamic_update_slice_in_dim(total, parents, place, 0)
+        for _ in range(tiles):
+            more = _times(lax.dynamic_slice_in_dim(total, row, tile, 0), A)
+            valid = (number < stop[row] - row) & (row >= first[1])
+            place = plan.parent[row]
+            parents = lax.dynamic_slice_in_dim(total, place, tile, 0) + jnp.where(valid, more, 0)
+            total = lax.dynamic_update_slice_in_dim(total, parents, place, 0)
+            row = previous[row]
+        return row, total
 
     last = begin[plan.end - 1]
     last = last + (plan.end - 1 - last) // tile * tile

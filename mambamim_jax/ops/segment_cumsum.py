@@ -26,7 +26,7 @@ def segment_cumsum(x: Array, offset: Array) -> Array:
       x: float32 or float64.
       offset: int32 (b, l), a token's distance from the start of its segment.
     """
-    blocks, reach = _blocks(x, 0), _blocks(offset[..., None], 0)[..., 0]
+    blocks, reach = _blocks(x), _blocks(offset[..., None])[..., 0]
     inside, between, joined = _masks(reach, x.dtype)
     sums = jnp.einsum("bkrs,bksc->bkrc", inside, blocks, precision=HIGHEST)
     before = jnp.einsum("bij,bjc->bic", between, sums[:, :, -1], precision=HIGHEST)
@@ -39,7 +39,7 @@ def _forward(x: Array, offset: Array) -> tuple[Array, Array]:
 
 
 def _backward(offset: Array, g: Array) -> tuple[Array, None]:
-    blocks, reach = _blocks(g, 0), _blocks(offset[..., None], 0)[..., 0]
+    blocks, reach = _blocks(g), _blocks(offset[..., None])[..., 0]
     inside, between, joined = _masks(reach, g.dtype)
     before = jnp.sum(jnp.where(joined, blocks, 0), axis=2)
     ends = jnp.einsum("bij,bic->bjc", between, before, precision=HIGHEST)
@@ -53,12 +53,12 @@ def _backward(offset: Array, g: Array) -> tuple[Array, None]:
 segment_cumsum.defvjp(_forward, _backward)
 
 
-def _blocks(x: Array, fill: int) -> Array:
-    """(b, l, c) to (b, k, r, c): k blocks of r tokens, the last one filled up."""
+def _blocks(x: Array) -> Array:
+    """(b, l, c) to (b, k, r, c): k blocks of r tokens, the last one filled up with zeros."""
     b, length, channels = x.shape
     side = max(1, math.isqrt(3 * length // 2))
     count = -(-length // side)
-    x = jnp.pad(x, ((0, 0), (0, count * side - length), (0, 0)), constant_values=fill)
+    x = jnp.pad(x, ((0, 0), (0, count * side - length), (0, 0)))
     return x.reshape(b, count, side, channels)
 
 
