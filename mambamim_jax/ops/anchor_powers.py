@@ -2,17 +2,21 @@
 
 A token between two anchors p < q needs i = q-1-t, from q-p-1 down to 0. By repeated squaring that costs a product per
 token for every bit of i, and the squares of A besides. Here power i of an anchor is A times its power i-1, and serves
-both segments that meet there. The anchors of all samples are sorted by how many powers are needed of them: those that
-need power i are then the first so many of those that need power i-1. Rows are powers of anchors, all of power 0, all
-of power 1, and so on; a loop makes a tile of consecutive rows at a time as a product with the rows of the power
-before. What a tile has too many of is written over by the next one. The backward pass runs in reverse.
+both segments that meet there: a chain of products for every anchor, as long as its longer segment needs.
+
+A step of a loop multiplies one row of each of several chains. Which, says a table of steps and slots, filled by the
+wrap-around rule of McNaughton (Scheduling with deadlines and loss functions, Management Science 6, 1959): chains lie
+end to end, slot after slot, and one that does not fit into what is left of a slot starts at the first step of the next
+slot and ends in the last steps of its own. As no chain is longer than a slot, it never waits for itself, and all slots
+are full but the last. What a row comes from is then always in reach without a search: what the same slot made in the
+step before, its token, or what the next slot has held for it. The backward pass runs the steps in reverse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +27,12 @@ from mambamim_jax.ops import partition
 from mambamim_jax.types import Array
 
 HIGHEST = lax.Precision.HIGHEST
-TILE, TILES = 32, 4
-"""Rows a sample of a tile, and tiles of a step: on a GPU, where the host waits for every step of a loop, 50 µs."""
-TILE_CPU, TILES_CPU = 4, 1
-LARGEST_CPU = 32
-"""Rows of a tile of any batch on a CPU, whose products of few rows are as fast, a row, as larger ones."""
+STEPS = 20
+"""Of n tokens at most n / 20 slots: with more of them most would lie empty while the longest chain is made."""
+SLOTS_CPU = 16
+"""And on a CPU so many, which make products that are as fast, a row, as larger ones."""
+UNROLLED, UNROLLED_CPU = 4, 1
+"""Steps at a time: on a GPU the host waits for every turn of a loop, 50 µs."""
 PARTS = 16
 """Sizes that the gradient of A is compiled for: products with rows that nobody needs are its only waste."""
 
@@ -49,68 +54,127 @@ def anchor_powers(x: Array, A: Array, start: Array, end: Array) -> Array:
     rows, P = partition.rows(len(x)), PartitionSpec
     if rows is None:
         return _anchor_powers(x, A, start, end)
-    # On a mesh every device sorts its own samples; the compiler would sort, and sum, those of all devices on each.
+    # On a mesh every device orders its own samples; the compiler would sum those of all devices on each.
     specs = (P(rows), P(), P(rows), P(rows))
     return jax.shard_map(_anchor_powers, in_specs=specs, out_specs=P(rows), check_vma=False)(x, A, start, end)
 
 
 def _anchor_powers(x: Array, A: Array, start: Array, end: Array) -> Array:
-    return _mixtures(x.reshape(-1, x.shape[2]), A, _plan(start, end, x.dtype)).reshape(x.shape)
+    place = jnp.arange(x.shape[1], dtype=jnp.int32)
+    weights = (place - start).astype(x.dtype) / jnp.maximum(end - start - 1, 1).astype(x.dtype)
+    on_cpu, elsewhere = partial(_plan, SLOTS_CPU), partial(_plan, None)
+    plan = lax.platform_dependent(start, end, weights, cpu=on_cpu, default=elsewhere)
+    return _mixtures(x.reshape(-1, x.shape[2]), A, plan).reshape(x.shape)
+
+
+SAME, TOKEN, HELD, NONE = range(4)
+"""Where the power before a row is, or the one after: in its own slot, a token, in the next slot or the one before."""
 
 
 class _Plan(NamedTuple):
-    """Where everything is; n = b l tokens."""
+    """Where everything is; n = b l tokens, r rows of the table, step by step."""
 
-    anchors: Array  # (n,) tokens, first those of which most powers are needed; behind the anchors all others
-    rank: Array  # (n,) of a token in `anchors`
-    first: Array  # (l + 2,) the first row of a power
-    end: Array  # the number of rows
-    power: Array  # (rows,) of a row
-    parent: Array  # (rows,) the row of the power before, 0 where there is none
-    start_row: Array  # (n,) the row that a token reads of its segment's start
+    steps: Array  # how many
+    slots: Array  # how many
+    full: Array  # steps in which the last slot is in use
+    rows: Array  # how many are in use
+    token: Array  # (r,) of a row
+    power: Array  # (r,) from 1 on, -1 of rows not in use
+    parent: Array  # (r,) the row of the power before, 0 where that is the token
+    source: Array  # (r,) where that is: SAME, TOKEN, HELD
+    target: Array  # (r,) where the power after is: SAME, HELD, NONE
+    first: Array  # (n,) the row of an anchor's power 1; -1 where there is none
+    start: Array  # (n,) of a token, the anchor that its segment starts with
+    end: Array  # (n,) and the one it ends with, or again the start where that has no part
+    start_row: Array  # (n,) the row that it reads of its start, -1 for power 0
     end_row: Array  # (n,) and of its end
     alpha: Array  # (n,) the end's weight
     left: Array  # (n,) powers 0 … left-1 of an anchor serve the segment before it
     right: Array  # (n,) and 0 … right-1 that behind it; -1 for the last one, of which the token itself reads power 1
-    sample: Array  # (b,) its number; its length is what counts
 
 
 def _most(n: int) -> int:
-    """Rows that n tokens can have: an anchor has at most as many as its two gaps together."""
+    """Rows that n tokens can need: a chain is at most as long as its two gaps together."""
     return 2 * n
 
 
-def _part(n: int) -> int:
-    """Rows by which the sizes differ that the gradient of A is compiled for."""
-    return -(-_most(n) // PARTS)
+def _slots(n: int, most: int | None) -> int:
+    """Slots of a table, at most."""
+    slots = -(-n // STEPS)
+    return slots if most is None else min(slots, most)
 
 
-def _plan(start: Array, end: Array, dtype: jnp.dtype) -> _Plan:
-    b, length = start.shape
+def _plan(most_slots: int | None, start: Array, end: Array, weights: Array) -> _Plan:
+    """The plan for anchors (b, l) and the weights (b, l) of the ends."""
+    (b, length), n, flat = start.shape, start.size, jnp.ravel
     place = jnp.arange(length, dtype=jnp.int32)
     final, anchor = place == length - 1, start == place
     right = jnp.where(anchor, end - place, 0)
-    before = jnp.pad(start, ((0, 0), (1, 0)))[:, :-1]
-    left = jnp.where(anchor, jnp.maximum(place - before - 1, 0), 0)  # where alpha is 0 the end has no part
-    needed = jnp.maximum(jnp.maximum(left, right), jnp.where(final, 2, 1))
-    needed = jnp.where(anchor, needed, 0).reshape(-1)
-    order = jnp.argsort(-needed).astype(jnp.int32)
-    rank = jnp.argsort(order).astype(jnp.int32)
-    counts = jnp.sum(needed[:, None] > jnp.arange(length + 1), axis=0, dtype=jnp.int32)  # of rows of a power
-    first = jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0))
-    alpha = (place - start).astype(dtype) / jnp.maximum(end - start - 1, 1).astype(dtype)
-    sample = jnp.arange(b, dtype=jnp.int32)
-    begins = first[jnp.where(final, 1, jnp.maximum(end - 1 - place, 0))]
-    start_row, end_row = (begins + rank[side + length * sample[:, None]] for side in (start, end))
-    end_row = jnp.where(alpha == 0, start_row, end_row)
-    spare = max(TILE * b, _part(b * length))  # for what is read or written too much
-    row = jnp.arange(_most(b * length) + spare, dtype=jnp.int32)
-    power = jnp.searchsorted(first, row, side="right", method="scan_unrolled").astype(jnp.int32) - 1
-    parent = jnp.where((power > 0) & (row < first[-1]), row - first[power] + first[power - 1], 0)
-    flat = jnp.ravel
-    read = flat(start_row), flat(end_row), flat(alpha)
-    right = flat(jnp.where(final, -1, right))
-    return _Plan(order, rank, first, first[-1], power, parent, *read, flat(left), right, sample)
+    past = jnp.pad(start, ((0, 0), (1, 0)))[:, :-1]
+    left = jnp.where(anchor, jnp.maximum(place - past - 1, 0), 0)  # where alpha is 0 the end has no part
+    longer = jnp.maximum(jnp.maximum(left, right) - 1, final)
+    chain = flat(jnp.where(anchor, longer, 0))
+
+    stop = jnp.cumsum(chain, dtype=jnp.int32)
+    begin, rows = stop - chain, stop[-1]
+    steps = jnp.maximum(jnp.maximum(jnp.max(chain), -(-rows // _slots(n, most_slots))), 1)
+    slots = -(-rows // steps)
+    full = rows - (slots - 1) * steps
+    # of a chain that does not fit into its slot, the rows in the next one, which are its first
+    ahead = jnp.maximum(stop - (begin // steps + 1) * steps, 0)
+
+    def row_of(token: Array, power: Array) -> Array:
+        number = power - 1 - ahead[token]
+        cell = begin[token] + jnp.where(number < 0, number + chain[token], number)
+        return _first_row(cell % steps, slots, full) + cell // steps
+
+    spare = _slots(n, None)  # the last step may write behind the rows in use
+    row = jnp.arange(_most(n) + spare, dtype=jnp.int32)
+    late, narrow = row - full * slots, jnp.maximum(slots - 1, 1)
+    step = jnp.where(late < 0, row // slots, full + late // narrow)
+    cell = jnp.where(late < 0, row % slots, late % narrow) * steps + step
+    used = row < rows
+    token = jnp.searchsorted(stop, cell, side="right", method="scan_unrolled").astype(jnp.int32)
+    token = jnp.where(used, jnp.minimum(token, n - 1), 0)
+    begins, length_of, cut = begin[token], chain[token], ahead[token]
+    power = cell - begins + cut
+    power = jnp.where(used, jnp.where(power < length_of, power, power - length_of) + 1, -1)
+    split = used & (cut > 0)
+    source = jnp.where(power <= 1, TOKEN, jnp.where(split & (power == cut + 1), HELD, SAME))
+    target = jnp.where(~used | (power == length_of), NONE, jnp.where(split & (power == cut), HELD, SAME))
+    parent = jnp.where(source == TOKEN, 0, row_of(token, power - 1))
+
+    tokens = jnp.arange(n, dtype=jnp.int32)
+    first = jnp.where(chain > 0, row_of(tokens, jnp.ones_like(tokens)), -1)
+    sample = tokens - flat(jnp.broadcast_to(place, (b, length)))
+    powers = flat(jnp.where(final, 1, jnp.maximum(end - 1 - place, 0)))
+    starts, ends, alpha = sample + flat(start), sample + flat(end), flat(weights)
+    ends = jnp.where(alpha == 0, starts, ends)
+    start_row, end_row = (jnp.where(powers > 0, row_of(side, powers), -1) for side in (starts, ends))
+    return _Plan(
+        steps=steps,
+        slots=slots,
+        full=full,
+        rows=rows,
+        token=token,
+        power=power,
+        parent=parent,
+        source=source.astype(jnp.int32),
+        target=target.astype(jnp.int32),
+        first=first,
+        start=starts,
+        end=ends,
+        start_row=start_row,
+        end_row=end_row,
+        alpha=alpha,
+        left=flat(left),
+        right=flat(jnp.where(final, -1, right)),
+    )
+
+
+def _first_row(step: Array, slots: Array, full: Array) -> Array:
+    """The table's first row of a step: as many to a step as slots in use."""
+    return step * slots - jnp.maximum(step - full, 0)
 
 
 @jax.custom_vjp
@@ -119,99 +183,113 @@ def _mixtures(x: Array, A: Array, plan: _Plan) -> Array:
     return _mixtures_fwd(x, A, plan)[0]
 
 
-def _mixtures_fwd(x: Array, A: Array, plan: _Plan) -> tuple[Array, tuple[Array, Array, _Plan]]:
-    y = jnp.pad(x[plan.anchors], ((0, len(plan.power) - len(x)), (0, 0)))
+def _mixtures_fwd(x: Array, A: Array, plan: _Plan) -> tuple[Array, tuple[Array, Array, Array, _Plan]]:
     transposed = lax.optimization_barrier(A.T)  # once, and not at every step
-    y = _by_tiles(_powers, y, transposed, plan)
-    alpha = plan.alpha[:, None]
-    return (1 - alpha) * y[plan.start_row] + alpha * y[plan.end_row], (y, A, plan)
+    y = _steps(_powers, x[plan.token], transposed, plan)
+    alpha, itself = plan.alpha[:, None], plan.start_row[:, None] < 0
+    sides = [
+        jnp.where(itself, x[side], y[row])
+        for side, row in ((plan.start, plan.start_row), (plan.end, plan.end_row))
+    ]
+    return (1 - alpha) * sides[0] + alpha * sides[1], (x, y, A, plan)
 
 
-def _mixtures_bwd(saved: tuple[Array, Array, _Plan], g: Array) -> tuple[Array, Array, None]:
-    y, A, plan = saved
-    total = _by_tiles(_gradients, _readers(g, plan), A, plan)
-    # of all rows but those of power 0, and of few more than there are
-    sizes = [min(_part(len(g)) * number, _most(len(g))) for number in range(1, PARTS + 1)]
-    size = sum((plan.end - plan.first[1] > size).astype(jnp.int32) for size in sizes[:-1])
-    grad_A = lax.switch(size, [partial(_grad_A, size) for size in sizes], total, y, plan)
-    is_anchor = (plan.rank < plan.first[1])[:, None]
-    return jnp.where(is_anchor, total[plan.rank], 0), grad_A, None
+def _mixtures_bwd(saved: tuple[Array, Array, Array, _Plan], g: Array) -> tuple[Array, Array, None]:
+    x, y, A, plan = saved
+    n = len(g)
+    total, moved = _steps(_gradients, _readers(g, plan.token, plan.power, plan), A, plan)
+    part = -(-_most(n) // PARTS)
+    sizes = [min(part * number, _most(n)) for number in range(1, PARTS + 1)]
+    size = sum((plan.rows > size).astype(jnp.int32) for size in sizes[:-1])
+    grad_A = lax.switch(size, [partial(_grad_A, size) for size in sizes], total, x, y, plan)
+    tokens = jnp.arange(n, dtype=jnp.int32)
+    grad_x = _readers(g, tokens, jnp.zeros_like(tokens), plan)
+    return grad_x + jnp.where((plan.first >= 0)[:, None], moved[plan.first], 0), grad_A, None
 
 
 _mixtures.defvjp(_mixtures_fwd, _mixtures_bwd)
 
 
-def _readers(g: Array, plan: _Plan) -> Array:
-    """For each row the gradient (rows, c) from the two tokens that read it, in the segments behind and before."""
-    row, power = jnp.arange(len(plan.power)), plan.power
-    token = plan.anchors[jnp.clip(row - plan.first[power], 0, len(plan.rank) - 1)]
-    right, left, valid = plan.right[token], plan.left[token], row < plan.end
+def _readers(g: Array, token: Array, power: Array, plan: _Plan) -> Array:
+    """Gradients of powers of tokens from the two tokens that read each, in the segments behind and before."""
+    right, left = plan.right[token], plan.left[token]
     final = right < 0
-    behind = jnp.where(final, token, token + right - 1 - power)
+    behind = jnp.where(final, token, jnp.maximum(token + right - 1 - power, 0))
     before = jnp.maximum(token - 1 - power, 0)
-    reads = valid & jnp.where(final, power == 1, power < right)
+    reads = (power >= 0) & jnp.where(final, power == 1, power < right)
     weights = (
         jnp.where(reads, 1 - plan.alpha[behind], 0),
-        jnp.where(valid & (power < left), plan.alpha[before], 0),
+        jnp.where((power >= 0) & (power < left), plan.alpha[before], 0),
     )
     return weights[0][:, None] * g[behind] + weights[1][:, None] * g[before]
 
 
-def _by_tiles(run: Callable[..., Array], rows: Array, A: Array, plan: _Plan) -> Array:
-    b = len(plan.sample)
-    on_cpu = partial(run, min(TILE_CPU * b, LARGEST_CPU), TILES_CPU)
-    return lax.platform_dependent(rows, A, plan, cpu=on_cpu, default=partial(run, TILE * b, TILES))
+def _steps(run: Callable[..., Any], rows: Array, A: Array, plan: _Plan) -> Any:
+    n = len(plan.alpha)
+    on_cpu = partial(run, _slots(n, SLOTS_CPU), UNROLLED_CPU)
+    return lax.platform_dependent(rows, A, plan, cpu=on_cpu, default=partial(run, _slots(n, None), UNROLLED))
 
 
-def _powers(tile: int, tiles: int, y: Array, transposed: Array, plan: _Plan) -> Array:
-    """Rows y with those of power 0 in place to all rows; the last step may write behind them."""
-    following = jnp.minimum(jnp.arange(len(y), dtype=jnp.int32) + tile, plan.first[plan.power + 1])
-
-    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        row, y = state
-        for _ in range(tiles):
-            parents = lax.dynamic_slice_in_dim(y, plan.parent[row], tile, 0)
-            y = lax.dynamic_update_slice_in_dim(y, _times(parents, transposed), row, 0)
-            row = following[row]
-        return row, y
-
-    return lax.while_loop(lambda state: state[0] < plan.end, step, (plan.first[1], y))[1]
+def _own(step: Array, width: int, plan: _Plan) -> Array:
+    """(width, 1): a row is one of the step's, and not already of the next one."""
+    count = jnp.where(step < 0, 0, plan.slots - (step >= plan.full))
+    return (jnp.arange(width, dtype=jnp.int32) < count)[:, None]
 
 
-def _gradients(tile: int, tiles: int, total: Array, A: Array, plan: _Plan) -> Array:
-    """Gradients of rows from what reads them to those from the rows of the next power too.
-
-    What the last step does too much stays at power 0, and adds nothing.
-    """
-    first, row = plan.first, jnp.arange(len(total), dtype=jnp.int32)
-    number = jnp.arange(tile, dtype=jnp.int32)[:, None]
-    begin, stop, before = first[plan.power], first[plan.power + 1], first[jnp.maximum(plan.power - 1, 0)]
-    previous = jnp.where(row > begin, row - tile, before + (begin - 1 - before) // tile * tile)
-    previous = jnp.maximum(previous, 0)
-
-    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        row, total = state
-        for _ in range(tiles):
-            more = _times(lax.dynamic_slice_in_dim(total, row, tile, 0), A)
-            valid = (number < stop[row] - row) & (row >= first[1])
-            place = plan.parent[row]
-            parents = lax.dynamic_slice_in_dim(total, place, tile, 0) + jnp.where(valid, more, 0)
-            total = lax.dynamic_update_slice_in_dim(total, parents, place, 0)
-            row = previous[row]
-        return row, total
-
-    last = begin[plan.end - 1]
-    last = last + (plan.end - 1 - last) // tile * tile
-    return lax.while_loop(lambda state: state[0] >= first[1], step, (last, total))[1]
+def _choose(where: Array, same: Array, held: Array, other: Array | float) -> Array:
+    where = where[:, None]
+    return jnp.where(where == SAME, same, jnp.where(where == HELD, held, other))
 
 
-def _grad_A(size: int, total: Array, y: Array, plan: _Plan) -> Array:
-    """(c, c), of ``size`` rows from power 1 on; those beyond the last one are none."""
-    begin = plan.first[1]
-    valid = (begin + jnp.arange(size) < plan.end)[:, None]
-    products = jnp.where(valid, lax.dynamic_slice_in_dim(total, begin, size, 0), 0)
-    parents = y[lax.dynamic_slice_in_dim(plan.parent, begin, size, 0)]
-    return jnp.einsum("re,rc->ec", products, parents, precision=HIGHEST)
+def _powers(width: int, unrolled: int, y: Array, transposed: Array, plan: _Plan) -> Array:
+    """Rows y, each its token, to the powers."""
+    empty = jnp.zeros((width + 1, y.shape[1]), y.dtype)
+
+    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        number, y, last, held = state
+        for _ in range(unrolled):
+            row = jnp.minimum(_first_row(number, plan.slots, plan.full), plan.rows)
+            part = partial(lax.dynamic_slice_in_dim, start_index=row, slice_size=width)
+            own, given = _own(number, width, plan), part(y)
+            last = _times(_choose(part(plan.source), last, held[1:], given), transposed)
+            y = lax.dynamic_update_slice_in_dim(y, jnp.where(own, last, given), row, 0)
+            hold = jnp.where(own & (part(plan.target) == HELD)[:, None], last, held[:-1])
+            held = lax.dynamic_update_slice_in_dim(held, hold, 0, 0)
+            number = number + 1
+        return number, y, last, held
+
+    start: tuple[Any, ...] = jnp.int32(0), y, empty[1:], empty
+    return lax.while_loop(lambda state: state[0] < plan.steps, step, start)[1]
+
+
+def _gradients(width: int, unrolled: int, total: Array, A: Array, plan: _Plan) -> tuple[Array, Array]:
+    """Gradients of rows from what reads them to those from the power after too, and these times A."""
+    empty = jnp.zeros((width + 1, total.shape[1]), total.dtype)
+
+    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        number, total, moved, last, held = state
+        for _ in range(unrolled):
+            row = _first_row(jnp.maximum(number, 0), plan.slots, plan.full)
+            part = partial(lax.dynamic_slice_in_dim, start_index=row, slice_size=width)
+            own = _own(number, width, plan)
+            rows = part(total) + jnp.where(own, _choose(part(plan.target), last, held[:-1], 0.0), 0.0)
+            total = lax.dynamic_update_slice_in_dim(total, rows, row, 0)
+            last = _times(rows, A)
+            moved = lax.dynamic_update_slice_in_dim(moved, last, row, 0)
+            hold = jnp.where(own & (part(plan.source) == HELD)[:, None], last, held[1:])
+            held = lax.dynamic_update_slice_in_dim(held, hold, 1, 0)
+            number = number - 1
+        return number, total, moved, last, held
+
+    start: tuple[Any, ...] = plan.steps - 1, total, jnp.zeros_like(total), empty[1:], empty
+    return lax.while_loop(lambda state: state[0] >= 0, step, start)[1:3]
+
+
+def _grad_A(size: int, total: Array, x: Array, y: Array, plan: _Plan) -> Array:
+    """(c, c), of the first ``size`` rows; those not in use have no gradient."""
+    itself = (plan.source[:size] == TOKEN)[:, None]
+    parents = jnp.where(itself, x[plan.token[:size]], y[plan.parent[:size]])
+    return jnp.einsum("re,rc->ec", total[:size], parents, precision=HIGHEST)
 
 
 def _times(rows: Array, A: Array) -> Array:

@@ -19,7 +19,7 @@ CASES = {
     "one token": (2, 1, []),
     "uneven": (1, 23, [1, 2, 9, 15, 16]),
     "batch": (3, 40, [4, 5, 20, 33]),
-    "more anchors than a tile": (2, 150, range(2, 150, 3)),
+    "more anchors than a slot": (2, 150, range(2, 150, 3)),
 }
 
 
@@ -48,9 +48,22 @@ def reference(x, A, start, end):
     return jnp.einsum("blec,blc->ble", matrices, (1 - alpha) * p + alpha * q)
 
 
-@pytest.mark.parametrize(("name", "tiles"), [(name, 1) for name in CASES] + [("uneven", 4), ("batch", 4)])
-def test_equals_matrix_powers(name, tiles, monkeypatch):
-    monkeypatch.setattr(anchor_powers_module, "TILES_CPU", tiles)
+# Steps that the slots are made for, and steps that a loop takes at a time: each other value lays chains another way,
+# with slots that long chains leave empty, chains that go on in the next slot, and a last slot filled in part.
+WAYS = [(name, 20, 1) for name in CASES]
+WAYS += [
+    ("uneven", 20, 4),
+    ("batch", 20, 4),
+    ("batch", 3, 1),
+    ("batch", 60, 1),
+    ("more anchors than a slot", 5, 3),
+]
+
+
+@pytest.mark.parametrize(("name", "steps", "unrolled"), WAYS)
+def test_equals_matrix_powers(name, steps, unrolled, monkeypatch):
+    monkeypatch.setattr(anchor_powers_module, "STEPS", steps)
+    monkeypatch.setattr(anchor_powers_module, "UNROLLED_CPU", unrolled)
     batch, length, inner = CASES[name]
     start, end = anchors(batch, length, inner)
     draw = np.random.default_rng(0)
@@ -84,3 +97,26 @@ def test_powers_that_no_token_needs_cannot_overflow():
 
     for gradient in jax.grad(total, argnums=(0, 1))(x, A):
         assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("steps", [2, 8, 20, 50])
+def test_a_table_holds_every_power_once_and_after_the_one_before(steps, monkeypatch):
+    monkeypatch.setattr(anchor_powers_module, "STEPS", steps)
+    plan_of = jax.jit(functools.partial(anchor_powers_module._plan, 16))
+    draw = np.random.default_rng(steps)
+    for _ in range(40):
+        start, end = anchors(2, 37, draw.choice(37, draw.integers(0, 37), replace=False))
+        plan = jax.device_get(plan_of(start, end, np.zeros(start.shape, np.float32)))
+        rows = int(plan.rows)
+        counts = plan.slots - (np.arange(plan.steps) >= plan.full)
+        assert counts.sum() == rows
+        assert counts.max() <= 16
+        step = np.repeat(np.arange(plan.steps), counts)
+        found = list(zip(plan.token[:rows].tolist(), plan.power[:rows].tolist()))
+        assert len(set(found)) == rows
+        for row, (token, power) in enumerate(found):
+            if power > 1:
+                assert found[plan.parent[row]] == (token, power - 1)
+                assert step[plan.parent[row]] < step[row]
+            else:
+                assert plan.first[token] == row
