@@ -128,7 +128,9 @@ def _plan(most_slots: int | None, start: Array, end: Array, weights: Array) -> _
         cell = begin[token] + jnp.where(number < 0, number + chain[token], number)
         return _first_row(cell % steps, slots, full) + cell // steps
 
-    spare = _slots(n, None)  # the last step may write behind the rows in use
+    spare = _slots(
+        n, None
+    )  # the last step, and those that a loop takes too much, may write behind the rows in use
     row = jnp.arange(_most(n) + spare, dtype=jnp.int32)
     late, narrow = row - full * slots, jnp.maximum(slots - 1, 1)
     step = jnp.where(late < 0, row // slots, full + late // narrow)
@@ -248,7 +250,7 @@ def _powers(width: int, unrolled: int, y: Array, transposed: Array, plan: _Plan)
     def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
         number, y, last, held = state
         for _ in range(unrolled):
-            row = jnp.minimum(_first_row(number, plan.slots, plan.full), plan.rows)
+            row = _first_row(number, plan.slots, plan.full)
             part = partial(lax.dynamic_slice_in_dim, start_index=row, slice_size=width)
             own, given = _own(number, width, plan), part(y)
             last = _times(_choose(part(plan.source), last, held[1:], given), transposed)
