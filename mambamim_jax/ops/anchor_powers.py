@@ -31,7 +31,7 @@ STEPS = 20
 """Of n tokens at most n / 20 slots: with more of them most would lie empty while the longest chain is made."""
 SLOTS_CPU = 16
 """And on a CPU so many, which make products that are as fast, a row, as larger ones."""
-UNROLLED, UNROLLED_CPU = 4, 1
+UNROLLED, UNROLLED_CPU = 8, 1
 """Steps at a time: on a GPU the host waits for every turn of a loop, 50 µs."""
 PARTS = 16
 """Sizes that the gradient of A is compiled for: products with rows that nobody needs are its only waste."""
