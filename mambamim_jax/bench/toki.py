@@ -4,7 +4,7 @@ python launch/bench.py toki [--released=PATH] [--side=6] [--channels=384] [--act
 
 Each call takes the next mask of a number drawn like those of training; times are means over them. A turn lasts a
 second at least: alone between the other side's, a step of milliseconds would be timed while its cores wake up
-(``--turn=0`` does that).
+(``--turn=0`` does that). The first four turns of each side do not count: a process needs seconds to settle.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = {"released": options.released, "threads": options.threads}
         sides.append(Side("released", f"{here}:theirs", shared | extra, options.threads, options.turn))
     try:
-        measure(sides, steps=options.masks, warm_up=2)
+        measure(sides, steps=options.masks, warm_up=4)
     except SideError as error:
         print(error, file=sys.stderr)
         return 2
