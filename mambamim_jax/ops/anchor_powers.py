@@ -71,24 +71,47 @@ SAME, TOKEN, HELD, NONE = range(4)
 """Where the power before a row is, or the one after: in its own slot, a token, in the next slot or the one before."""
 
 
-class _Plan(NamedTuple):
-    """Where everything is; n = b l tokens, r rows of the table, step by step."""
+class _Table(NamedTuple):
+    """Chains of n tokens in steps and slots; its rows are numbered step by step."""
 
+    chain: Array  # (n,) powers of a token from 1 on
+    begin: Array  # (n,) where they start, if all lie end to end
+    ahead: Array  # (n,) of a chain that does not fit into its slot, the powers in the next one, which are its first
     steps: Array  # how many
     slots: Array  # how many
     full: Array  # steps in which the last slot is in use
     rows: Array  # how many are in use
-    token: Array  # (r,) of a row
+
+    def first_row(self, step: Array) -> Array:
+        """The first row of a step: as many to a step as slots in use."""
+        return step * self.slots - jnp.maximum(step - self.full, 0)
+
+    def row(self, token: Array, power: Array) -> Array:
+        """Where a power of a token is."""
+        number = power - 1 - self.ahead[token]
+        cell = self.begin[token] + jnp.where(number < 0, number + self.chain[token], number)
+        return self.first_row(cell % self.steps) + cell // self.steps
+
+
+class _Rows(NamedTuple):
+    """What the r rows of a table are."""
+
+    token: Array  # (r,) 0 of rows not in use
     power: Array  # (r,) from 1 on, -1 of rows not in use
     parent: Array  # (r,) the row of the power before, 0 where that is the token
     source: Array  # (r,) where that is: SAME, TOKEN, HELD
     target: Array  # (r,) where the power after is: SAME, HELD, NONE
-    first: Array  # (n,) the row of an anchor's power 1; -1 where there is none
+
+
+class _Plan(NamedTuple):
+    """Where everything is, of n = b l tokens."""
+
+    table: _Table
+    rows: _Rows
     start: Array  # (n,) of a token, the anchor that its segment starts with
     end: Array  # (n,) and the one it ends with, or again the start where that has no part
-    start_row: Array  # (n,) the row that it reads of its start, -1 for power 0
-    end_row: Array  # (n,) and of its end
     alpha: Array  # (n,) the end's weight
+    power: Array  # (n,) of the anchors, that it reads
     left: Array  # (n,) powers 0 … left-1 of an anchor serve the segment before it
     right: Array  # (n,) and 0 … right-1 that behind it; -1 for the last one, of which the token itself reads power 1
 
@@ -104,79 +127,56 @@ def _slots(n: int, most: int | None) -> int:
     return slots if most is None else min(slots, most)
 
 
-def _plan(most_slots: int | None, start: Array, end: Array, weights: Array) -> _Plan:
-    """The plan for anchors (b, l) and the weights (b, l) of the ends."""
-    (b, length), n, flat = start.shape, start.size, jnp.ravel
+def _plan(most: int | None, start: Array, end: Array, alpha: Array) -> _Plan:
+    """The plan, with so many slots at most, for anchors (b, l) and the weights (b, l) of the ends."""
+    (b, length), flat = start.shape, jnp.ravel
     place = jnp.arange(length, dtype=jnp.int32)
     final, anchor = place == length - 1, start == place
     right = jnp.where(anchor, end - place, 0)
     past = jnp.pad(start, ((0, 0), (1, 0)))[:, :-1]
     left = jnp.where(anchor, jnp.maximum(place - past - 1, 0), 0)  # where alpha is 0 the end has no part
-    longer = jnp.maximum(jnp.maximum(left, right) - 1, final)
-    chain = flat(jnp.where(anchor, longer, 0))
-
-    stop = jnp.cumsum(chain, dtype=jnp.int32)
-    begin, rows = stop - chain, stop[-1]
-    steps = jnp.maximum(jnp.maximum(jnp.max(chain), -(-rows // _slots(n, most_slots))), 1)
-    slots = -(-rows // steps)
-    full = rows - (slots - 1) * steps
-    # of a chain that does not fit into its slot, the rows in the next one, which are its first
-    ahead = jnp.maximum(stop - (begin // steps + 1) * steps, 0)
-
-    def row_of(token: Array, power: Array) -> Array:
-        number = power - 1 - ahead[token]
-        cell = begin[token] + jnp.where(number < 0, number + chain[token], number)
-        return _first_row(cell % steps, slots, full) + cell // steps
-
-    spare = _slots(
-        n, None
-    )  # the last step, and those that a loop takes too much, may write behind the rows in use
-    row = jnp.arange(_most(n) + spare, dtype=jnp.int32)
-    late, narrow = row - full * slots, jnp.maximum(slots - 1, 1)
-    step = jnp.where(late < 0, row // slots, full + late // narrow)
-    cell = jnp.where(late < 0, row % slots, late % narrow) * steps + step
-    used = row < rows
-    token = jnp.searchsorted(stop, cell, side="right", method="scan_unrolled").astype(jnp.int32)
-    token = jnp.where(used, jnp.minimum(token, n - 1), 0)
-    begins, length_of, cut = begin[token], chain[token], ahead[token]
-    power = cell - begins + cut
-    power = jnp.where(used, jnp.where(power < length_of, power, power - length_of) + 1, -1)
-    split = used & (cut > 0)
-    source = jnp.where(power <= 1, TOKEN, jnp.where(split & (power == cut + 1), HELD, SAME))
-    target = jnp.where(~used | (power == length_of), NONE, jnp.where(split & (power == cut), HELD, SAME))
-    parent = jnp.where(source == TOKEN, 0, row_of(token, power - 1))
-
-    tokens = jnp.arange(n, dtype=jnp.int32)
-    first = jnp.where(chain > 0, row_of(tokens, jnp.ones_like(tokens)), -1)
-    sample = tokens - flat(jnp.broadcast_to(place, (b, length)))
-    powers = flat(jnp.where(final, 1, jnp.maximum(end - 1 - place, 0)))
-    starts, ends, alpha = sample + flat(start), sample + flat(end), flat(weights)
-    ends = jnp.where(alpha == 0, starts, ends)
-    start_row, end_row = (jnp.where(powers > 0, row_of(side, powers), -1) for side in (starts, ends))
+    chain = jnp.where(anchor, jnp.maximum(jnp.maximum(left, right) - 1, final), 0)
+    table = _table(flat(chain), most)
+    sample = jnp.arange(b, dtype=jnp.int32)[:, None] * length
     return _Plan(
-        steps=steps,
-        slots=slots,
-        full=full,
-        rows=rows,
-        token=token,
-        power=power,
-        parent=parent,
-        source=source.astype(jnp.int32),
-        target=target.astype(jnp.int32),
-        first=first,
-        start=starts,
-        end=ends,
-        start_row=start_row,
-        end_row=end_row,
-        alpha=alpha,
+        table,
+        _rows(table),
+        start=flat(sample + start),
+        end=flat(sample + jnp.where(alpha == 0, start, end)),
+        alpha=flat(alpha),
+        power=flat(jnp.where(final, 1, jnp.maximum(end - 1 - place, 0))),
         left=flat(left),
         right=flat(jnp.where(final, -1, right)),
     )
 
 
-def _first_row(step: Array, slots: Array, full: Array) -> Array:
-    """The table's first row of a step: as many to a step as slots in use."""
-    return step * slots - jnp.maximum(step - full, 0)
+def _table(chain: Array, most: int | None) -> _Table:
+    stop = jnp.cumsum(chain, dtype=jnp.int32)
+    begin, rows = stop - chain, stop[-1]
+    steps = jnp.maximum(jnp.maximum(jnp.max(chain), -(-rows // _slots(len(chain), most))), 1)
+    slots = -(-rows // steps)
+    ahead = jnp.maximum(stop - (begin // steps + 1) * steps, 0)
+    return _Table(chain, begin, ahead, steps, slots, rows - (slots - 1) * steps, rows)
+
+
+def _rows(table: _Table) -> _Rows:
+    n = len(table.chain)
+    # with some to spare: the last step, and those that a loop takes too much, may write behind the rows in use
+    row = jnp.arange(_most(n) + _slots(n, None), dtype=jnp.int32)
+    late, narrow = row - table.full * table.slots, jnp.maximum(table.slots - 1, 1)
+    step = jnp.where(late < 0, row // table.slots, table.full + late // narrow)
+    cell = jnp.where(late < 0, row % table.slots, late % narrow) * table.steps + step
+    used, stop = row < table.rows, table.begin + table.chain
+    token = jnp.searchsorted(stop, cell, side="right", method="scan_unrolled").astype(jnp.int32)
+    token = jnp.where(used, jnp.minimum(token, n - 1), 0)
+    chain, ahead = table.chain[token], table.ahead[token]
+    power = cell - table.begin[token] + ahead
+    power = jnp.where(used, jnp.where(power < chain, power, power - chain) + 1, -1)
+    split = used & (ahead > 0)
+    source = jnp.where(power <= 1, TOKEN, jnp.where(split & (power == ahead + 1), HELD, SAME))
+    target = jnp.where(~used | (power == chain), NONE, jnp.where(split & (power == ahead), HELD, SAME))
+    parent = jnp.where(source == TOKEN, 0, table.row(token, power - 1))
+    return _Rows(token, power, parent, source.astype(jnp.int32), target.astype(jnp.int32))
 
 
 @jax.custom_vjp
@@ -187,26 +187,26 @@ def _mixtures(x: Array, A: Array, plan: _Plan) -> Array:
 
 def _mixtures_fwd(x: Array, A: Array, plan: _Plan) -> tuple[Array, tuple[Array, Array, Array, _Plan]]:
     transposed = lax.optimization_barrier(A.T)  # once, and not at every step
-    y = _steps(_powers, x[plan.token], transposed, plan)
-    alpha, itself = plan.alpha[:, None], plan.start_row[:, None] < 0
-    sides = [
-        jnp.where(itself, x[side], y[row])
-        for side, row in ((plan.start, plan.start_row), (plan.end, plan.end_row))
-    ]
-    return (1 - alpha) * sides[0] + alpha * sides[1], (x, y, A, plan)
+    y = _steps(_powers, x[plan.rows.token], transposed, plan)
+    alpha, itself = plan.alpha[:, None], plan.power[:, None] == 0
+    start, end = (
+        jnp.where(itself, x[side], y[plan.table.row(side, plan.power)]) for side in (plan.start, plan.end)
+    )
+    return (1 - alpha) * start + alpha * end, (x, y, A, plan)
 
 
 def _mixtures_bwd(saved: tuple[Array, Array, Array, _Plan], g: Array) -> tuple[Array, Array, None]:
     x, y, A, plan = saved
     n = len(g)
-    total, moved = _steps(_gradients, _readers(g, plan.token, plan.power, plan), A, plan)
+    total, moved = _steps(_gradients, _readers(g, plan.rows.token, plan.rows.power, plan), A, plan)
     part = -(-_most(n) // PARTS)
     sizes = [min(part * number, _most(n)) for number in range(1, PARTS + 1)]
-    size = sum((plan.rows > size).astype(jnp.int32) for size in sizes[:-1])
+    size = sum((plan.table.rows > size).astype(jnp.int32) for size in sizes[:-1])
     grad_A = lax.switch(size, [partial(_grad_A, size) for size in sizes], total, x, y, plan)
     tokens = jnp.arange(n, dtype=jnp.int32)
     grad_x = _readers(g, tokens, jnp.zeros_like(tokens), plan)
-    return grad_x + jnp.where((plan.first >= 0)[:, None], moved[plan.first], 0), grad_A, None
+    first = plan.table.row(tokens, jnp.ones_like(tokens))
+    return grad_x + jnp.where((plan.table.chain > 0)[:, None], moved[first], 0), grad_A, None
 
 
 _mixtures.defvjp(_mixtures_fwd, _mixtures_bwd)
@@ -232,9 +232,9 @@ def _steps(run: Callable[..., Any], rows: Array, A: Array, plan: _Plan) -> Any:
     return lax.platform_dependent(rows, A, plan, cpu=on_cpu, default=partial(run, _slots(n, None), UNROLLED))
 
 
-def _own(step: Array, width: int, plan: _Plan) -> Array:
+def _own(step: Array, width: int, table: _Table) -> Array:
     """(width, 1): a row is one of the step's, and not already of the next one."""
-    count = jnp.where(step < 0, 0, plan.slots - (step >= plan.full))
+    count = jnp.where(step < 0, 0, table.slots - (step >= table.full))
     return (jnp.arange(width, dtype=jnp.int32) < count)[:, None]
 
 
@@ -250,18 +250,18 @@ def _powers(width: int, unrolled: int, y: Array, transposed: Array, plan: _Plan)
     def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
         number, y, last, held = state
         for _ in range(unrolled):
-            row = _first_row(number, plan.slots, plan.full)
+            row = plan.table.first_row(number)
             part = partial(lax.dynamic_slice_in_dim, start_index=row, slice_size=width)
-            own, given = _own(number, width, plan), part(y)
-            last = _times(_choose(part(plan.source), last, held[1:], given), transposed)
+            own, given = _own(number, width, plan.table), part(y)
+            last = _times(_choose(part(plan.rows.source), last, held[1:], given), transposed)
             y = lax.dynamic_update_slice_in_dim(y, jnp.where(own, last, given), row, 0)
-            hold = jnp.where(own & (part(plan.target) == HELD)[:, None], last, held[:-1])
+            hold = jnp.where(own & (part(plan.rows.target) == HELD)[:, None], last, held[:-1])
             held = lax.dynamic_update_slice_in_dim(held, hold, 0, 0)
             number = number + 1
         return number, y, last, held
 
     start: tuple[Any, ...] = jnp.int32(0), y, empty[1:], empty
-    return lax.while_loop(lambda state: state[0] < plan.steps, step, start)[1]
+    return lax.while_loop(lambda state: state[0] < plan.table.steps, step, start)[1]
 
 
 def _gradients(width: int, unrolled: int, total: Array, A: Array, plan: _Plan) -> tuple[Array, Array]:
@@ -271,26 +271,26 @@ def _gradients(width: int, unrolled: int, total: Array, A: Array, plan: _Plan) -
     def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
         number, total, moved, last, held = state
         for _ in range(unrolled):
-            row = _first_row(jnp.maximum(number, 0), plan.slots, plan.full)
+            row = plan.table.first_row(jnp.maximum(number, 0))
             part = partial(lax.dynamic_slice_in_dim, start_index=row, slice_size=width)
-            own = _own(number, width, plan)
-            rows = part(total) + jnp.where(own, _choose(part(plan.target), last, held[:-1], 0.0), 0.0)
+            own = _own(number, width, plan.table)
+            rows = part(total) + jnp.where(own, _choose(part(plan.rows.target), last, held[:-1], 0.0), 0.0)
             total = lax.dynamic_update_slice_in_dim(total, rows, row, 0)
             last = _times(rows, A)
             moved = lax.dynamic_update_slice_in_dim(moved, last, row, 0)
-            hold = jnp.where(own & (part(plan.source) == HELD)[:, None], last, held[1:])
+            hold = jnp.where(own & (part(plan.rows.source) == HELD)[:, None], last, held[1:])
             held = lax.dynamic_update_slice_in_dim(held, hold, 1, 0)
             number = number - 1
         return number, total, moved, last, held
 
-    start: tuple[Any, ...] = plan.steps - 1, total, jnp.zeros_like(total), empty[1:], empty
+    start: tuple[Any, ...] = plan.table.steps - 1, total, jnp.zeros_like(total), empty[1:], empty
     return lax.while_loop(lambda state: state[0] >= 0, step, start)[1:3]
 
 
 def _grad_A(size: int, total: Array, x: Array, y: Array, plan: _Plan) -> Array:
     """(c, c), of the first ``size`` rows; those not in use have no gradient."""
-    itself = (plan.source[:size] == TOKEN)[:, None]
-    parents = jnp.where(itself, x[plan.token[:size]], y[plan.parent[:size]])
+    rows = jax.tree.map(lambda x: x[:size], plan.rows)
+    parents = jnp.where((rows.source == TOKEN)[:, None], x[rows.token], y[rows.parent])
     return jnp.einsum("re,rc->ec", total[:size], parents, precision=HIGHEST)
 
 

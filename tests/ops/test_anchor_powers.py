@@ -19,7 +19,7 @@ CASES = {
     "one token": (2, 1, []),
     "uneven": (1, 23, [1, 2, 9, 15, 16]),
     "batch": (3, 40, [4, 5, 20, 33]),
-    "more anchors than a slot": (2, 150, range(2, 150, 3)),
+    "more anchors than slots": (2, 150, range(2, 150, 3)),
 }
 
 
@@ -56,7 +56,7 @@ WAYS += [
     ("batch", 20, 4),
     ("batch", 3, 1),
     ("batch", 60, 1),
-    ("more anchors than a slot", 5, 3),
+    ("more anchors than slots", 5, 3),
 ]
 
 
@@ -107,16 +107,15 @@ def test_a_table_holds_every_power_once_and_after_the_one_before(steps, monkeypa
     for _ in range(40):
         start, end = anchors(2, 37, draw.choice(37, draw.integers(0, 37), replace=False))
         plan = jax.device_get(plan_of(start, end, np.zeros(start.shape, np.float32)))
-        rows = int(plan.rows)
-        counts = plan.slots - (np.arange(plan.steps) >= plan.full)
-        assert counts.sum() == rows
+        table, rows = plan.table, int(plan.table.rows)
+        counts = table.slots - (np.arange(table.steps) >= table.full)
+        assert counts.sum() == rows == table.chain.sum()
         assert counts.max() <= 16
-        step = np.repeat(np.arange(plan.steps), counts)
-        found = list(zip(plan.token[:rows].tolist(), plan.power[:rows].tolist()))
+        step = np.repeat(np.arange(table.steps), counts)
+        found = list(zip(plan.rows.token[:rows].tolist(), plan.rows.power[:rows].tolist()))
         assert len(set(found)) == rows
         for row, (token, power) in enumerate(found):
+            assert table.row(token, power) == row
             if power > 1:
-                assert found[plan.parent[row]] == (token, power - 1)
-                assert step[plan.parent[row]] < step[row]
-            else:
-                assert plan.first[token] == row
+                assert found[plan.rows.parent[row]] == (token, power - 1)
+                assert step[plan.rows.parent[row]] < step[row]
