@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -89,18 +90,18 @@ def backward(
     reverse: bool,
     launch: Launch | None = None,
 ) -> ScanInputs:
-    """Gradients; sums over samples, segments and warps are left to XLA, so that no atomics are needed."""
+    """Gradients; sums over samples, segments and programs are left to XLA, so that no atomics are needed."""
     launch = launch or _default_launch()
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
     f = _padded(inputs, launch, True)
     e, states = f.u.shape[2], f.A.shape[1]
     dy, dlast = _widen(dy, e), None if dlast is None else _pad(dlast.mT, (states, e))
     walk, segments = _walk(f, launch, True, launch.backward_warps, reverse)
-    lanes = _programs(f, walk) * walk.block
+    warps = (_programs(f, walk), LANES)
     outputs = {
         "du": _flat(f.u),
         "ddelta": _flat(f.delta),
-        "dBC": _tokens((b, length * states // SET * lanes), jnp.float32),
+        "dBC": _tokens((b, length * states // SET * math.prod(warps)), jnp.float32),
         "sums": _float(segments, b, states + 2, e),
     }
     if f.z is not None:
@@ -112,7 +113,7 @@ def backward(
     out = _launch(kernels.backward, "backward", walk, (_programs(f, walk), b, segments), given, outputs)
     wide = {k: out[k].reshape(f.u.shape)[..., :width] for k in ("du", "ddelta", "dz") if k in out}
     totals = jnp.sum(out["sums"], axis=(0, 1))[:, :width]
-    sums = jnp.sum(out["dBC"].reshape(b, length, -1, lanes // LANES, LANES), axis=3)
+    sums = jnp.sum(out["dBC"].reshape(b, length, -1, *warps), axis=3)
     dB, dC = (x.reshape(b, length, states)[..., :n] for x in jnp.split(sums, 2, axis=3))
     return ScanInputs(
         u=wide["du"],

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as pltriton
 
+from mambamim_jax.ops.selective_scan.triton_math import LANES
 from mambamim_jax.ops.selective_scan.triton_program import QUAD, SET, Program, State, Vectors
+from mambamim_jax.ops.selective_scan.triton_sums import WarpSums
 from mambamim_jax.types import Array
 
 Data = dict[str, list[Any]]
@@ -21,7 +23,7 @@ class Chunk:
     def __init__(self, program: Program, index: Array, tail: bool):
         self.program, self.index, self.tail, self.count = program, index, tail, program.walk.chunk
 
-    def time(self, i: int) -> Array:
+    def time(self, i: int | Array) -> Array:
         """The number of one of these tokens in time order."""
         return self.index * self.count + i
 
@@ -81,15 +83,26 @@ class Chunk:
         spots = [p.spot(name, first, self.steps(i) * n + s) for s in range(0, n, SET)]
         return [pltriton.load(spot, mask=mask, other=other) for spot in spots]
 
-    def put_sums(self, i: int, dB: Vectors, dC: Vectors) -> None:
-        """Stores token i's gradients of B and C, sums after `over_quads`, into ``dBC`` (b, l sets lanes)."""
-        p, walk = self.program, self.program.walk
-        upper, lanes = (p.lane & SET) != 0, p.width // walk.channels * QUAD
+    def put_sums(self, sums: WarpSums, i: int, dB: Vectors, dC: Vectors) -> list[Array]:
+        """Token i's gradients of B and C, sums after `over_quads`, a row of ``sums`` for each set."""
+        p, rows = self.program, []
+        upper = (p.lane & SET) != 0
         for s, (b, c) in enumerate(zip(dB, dC)):
             total = jnp.where(upper, c, b) + p.math.exchange(jnp.where(upper, b, c), SET)
-            first = self.at(0) * (lanes * len(dB)) + p.block * walk.block + p.lane
-            spot = p.spot("dBC", first, self.steps(i) * lanes * len(dB) + s * lanes)
-            pltriton.store(spot, total, mask=self.inside(i))
+            rows.append(sums.put(self.index, i * len(dB) + s, total))
+        return rows
+
+    def write_sums(self, sums: WarpSums, rows: list[Array]) -> None:
+        """Stores the sums of what `put_sums` gave for all tokens into ``dBC`` (b, l sets programs 32)."""
+        p, sets = self.program, len(self.program.states) // QUAD
+        programs = p.width // (p.walk.block // QUAD * p.walk.channels)
+        for row, total in sums.totals(self.index, rows):
+            i, inside = row // sets, None
+            if self.tail or len(rows) % sums.warps:
+                inside = (row < len(rows)) & (self.time(i) < p.walk.length)
+            at = (self.at(0) + self.steps(1) * i) * sets + row % sets
+            spot = p.spot("dBC", (at * programs + p.block) * LANES + p.lane % LANES)
+            pltriton.store(spot, total, mask=inside)
 
     def groups(self, data: Data) -> list[Group]:
         """The tokens as groups, in time order."""
@@ -161,9 +174,10 @@ def fold(
     settle: Any = lambda chunk, data: data,
     backwards: bool = False,
 ) -> Any:
-    """Folds ``body(chunk, data, carry)`` over the segment's chunks, with ``data = settle(chunk, read(chunk))``.
+    """Folds over the segment's chunks ``carry, fetched = body(chunk, data, carry, fetch)``.
 
-    A chunk is read while the one before it is worked on, and settled after that.
+    ``data = settle(chunk, read(chunk))``: a chunk is read while the one before it is worked on, where ``body`` calls
+    ``fetch()``, and settled after that.
     """
     walk = program.walk
     whole, chunks = walk.length // walk.chunk, -(-walk.length // walk.chunk)
@@ -175,10 +189,8 @@ def fold(
         return Chunk(program, index, False)
 
     def step(count: Array, carry: Any) -> Any:
-        carry, data = carry
-        following = read(place(count + 1))
-        carry = body(place(count), data, carry)
-        return carry, settle(place(count + 1), following)
+        carry, fetched = body(place(count), carry[1], carry[0], lambda: read(place(count + 1)))
+        return carry, settle(place(count + 1), fetched)
 
     def inner(carry: Any) -> Any:
         first = place(jnp.int32(0))
@@ -186,7 +198,7 @@ def fold(
 
     def last(index: Array, carry: Any) -> Any:
         chunk = Chunk(program, index, True)
-        return body(chunk, settle(chunk, read(chunk)), carry)
+        return body(chunk, settle(chunk, read(chunk)), carry, lambda: None)[0]
 
     def tail(carry: Any) -> Any:
         stop = jnp.minimum(start + walk.per_segment, chunks)

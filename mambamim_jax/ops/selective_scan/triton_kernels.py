@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -11,7 +13,11 @@ from jax.experimental.pallas import triton as pltriton
 from mambamim_jax.ops.selective_scan.triton_chunks import Chunk, Data, Group, fold
 from mambamim_jax.ops.selective_scan.triton_math import LOG2E
 from mambamim_jax.ops.selective_scan.triton_program import QUAD, STRIDE, Program, State, Vectors
+from mambamim_jax.ops.selective_scan.triton_sums import WarpSums
 from mambamim_jax.types import Array
+
+Fetch = Callable[[], Any]
+"""Reads the next chunk; None where there is none."""
 
 Carry = tuple[State, State, Array, Array]
 """The gradient of the state, and what was summed of those of A, D and delta_bias."""
@@ -39,7 +45,9 @@ def forward(p: Program) -> None:
     def read(chunk: Chunk) -> Data:
         return chunk.read(("u", "delta", "z", "B", "C"))
 
-    def body(chunk: Chunk, data: Data, h: State) -> State:
+    def body(chunk: Chunk, data: Data, h: State, fetch: Fetch) -> tuple[State, Data]:
+        following = fetch()
+        p.fence()
         if "saved" in p.refs:
             pl.when(chunk.index % STRIDE == 0)(lambda: p.put_saved(chunk.index // STRIDE, h))
         for group in chunk.groups(data):
@@ -55,7 +63,7 @@ def forward(p: Program) -> None:
                 z = group.row("z")
                 y = y * z * p.math.sigmoid(z)
             group.write("y", y)
-        return h
+        return h, following
 
     p.put_state("last", fold(p, body, p.state("first"), read))
 
@@ -69,14 +77,15 @@ def ends(p: Program, adjoint: bool) -> None:
     def read(chunk: Chunk) -> Data:
         return chunk.read(("u", "delta", "dy", "z", "C") if adjoint else ("u", "delta", "B"))
 
-    def body(chunk: Chunk, data: Data, carry: tuple[State, Array]) -> tuple[State, Array]:
-        h, total = carry
-        groups = chunk.groups(data)
+    def body(chunk: Chunk, data: Data, carry: tuple[State, Array], fetch: Fetch) -> tuple[Any, Data]:
+        following = fetch()
+        p.fence()
+        (h, total), groups = carry, chunk.groups(data)
         for group in reversed(groups) if adjoint else groups:
             for turn in reversed(group.turns) if adjoint else group.turns:
                 h = _adjoint_step(p, group, h, turn) if adjoint else group.step(h, turn)[1]
             total = total + group.delta
-        return h, total
+        return (h, total), following
 
     h, total = fold(p, body, (p.nothing(), p.zeros()), read, backwards=adjoint)
     p.put_state("end", h)
@@ -136,7 +145,7 @@ def backward(p: Program) -> None:
 
         return jax.lax.cond(chunk.index % STRIDE == 0, lambda: saved, walked), rows
 
-    def body(chunk: Chunk, data: tuple[State, Data], carry: Carry) -> Carry:
+    def body(chunk: Chunk, data: tuple[State, Data], carry: Carry, fetch: Fetch) -> tuple[Carry, Any]:
         h, rows = data
         groups, trails = chunk.groups(rows), []
         for group in groups:
@@ -146,10 +155,23 @@ def backward(p: Program) -> None:
                 trail.append(Trail(decays, h, after))
                 h = after
             trails.append(trail)
-        for group in reversed(groups):
-            carry = _group_gradients(p, group, trails.pop(), carry)
-        return carry
+        half = len(groups) // 2
+        carry, later = gradients(groups[half:], trails[half:], carry)
+        following, earlier = fetch(), list[Array]()
+        if half:
+            work = functools.partial(gradients, groups[:half], trails[:half])
+            carry, earlier = p.apart(work, carry, chunk.index)
+        chunk.write_sums(sums, earlier + later)
+        return carry, following
 
+    def gradients(groups: list[Group], trails: list[list[Trail]], carry: Carry) -> tuple[Carry, list[Array]]:
+        rows: list[Array] = []
+        for group, trail in zip(reversed(groups), reversed(trails)):
+            carry, more = _group_gradients(p, group, trail, carry, sums)
+            rows = more + rows
+        return carry, rows
+
+    sums = WarpSums(p.math, p.lane, p.walk.chunk * len(p.states) // QUAD)
     start = p.state("dlast"), p.nothing(), p.zeros(), p.zeros()
     g, dA, dD, dbias = fold(p, body, start, read, settle, backwards=True)
     if "dfirst" in p.refs:
@@ -159,21 +181,23 @@ def backward(p: Program) -> None:
         p.put_vector("sums", vector, len(p.states) * QUAD + row)
 
 
-def _group_gradients(p: Program, group: Group, trail: list[Trail], carry: Carry) -> Carry:
-    """Writes a group's gradients; carries (g, dA, dD, dbias)."""
+def _group_gradients(
+    p: Program, group: Group, trail: list[Trail], carry: Carry, sums: WarpSums
+) -> tuple[Carry, list[Array]]:
+    """Writes a group's gradients; carries (g, dA, dD, dbias), and gives the rows of ``sums``."""
     (g, dA, dD, dbias), fma = carry, p.math.fma
     dout, dz_per_y = group.gated()
+    rows: list[Array] = []
     ys: list[Vectors] = []
     inputs: list[Vectors] = []
     steps: list[Vectors] = []
-    for turn in reversed(group.turns):
-        last = trail.pop()
+    for turn, last in zip(reversed(group.turns), reversed(trail)):
         C = group.shared("C", turn)
         if dz_per_y is not None:
             ys.insert(0, [dot(p, xs, C) for xs in last.after])
         dC = p.over_quads(over_channels(p, last.after, group.spread(dout, turn)))
         g, dA, of_input, of_decay, dB = _state_gradients(p, group, last, dout, turn, g, dA)
-        group.chunk.put_sums(group.first + turn, dB, dC)
+        rows = group.chunk.put_sums(sums, group.first + turn, dB, dC) + rows
         inputs.insert(0, of_input)
         steps.insert(0, of_decay)
     dinput, ddecay = p.collect(inputs), p.collect(steps)
@@ -187,7 +211,7 @@ def _group_gradients(p: Program, group: Group, trail: list[Trail], carry: Carry)
         du, dD = fma(p.D, dout, du), fma(dout, group.u, dD)
     group.write("du", du)
     group.write("ddelta", draw)
-    return g, dA, dD, dbias
+    return (g, dA, dD, dbias), rows
 
 
 def _state_gradients(

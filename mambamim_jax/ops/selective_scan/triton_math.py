@@ -8,6 +8,7 @@ Pallas interpreter.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +26,16 @@ class Math:
     def __init__(self, interpret: bool):
         self.interpret = interpret
 
-    def _asm(self, code: str, *args: Array) -> Array:
-        inputs = ["r" if arg.dtype == jnp.int32 else "f" for arg in args]
-        (out,) = pltriton.elementwise_inline_asm(
+    def _asm(self, code: str, *args: Array, dtype: Any = jnp.float32) -> Array:
+        out, *inputs = ("r" if kind == jnp.int32 else "f" for kind in (dtype, *(arg.dtype for arg in args)))
+        (found,) = pltriton.elementwise_inline_asm(
             code,
             args=args,
-            constraints=",".join(["=f", *inputs]),
+            constraints=",".join([f"={out}", *inputs]),
             pack=1,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
+            result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, dtype)],
         )
-        return out
+        return found
 
     def exp2(self, x: Array) -> Array:
         """2^x."""
@@ -63,6 +64,23 @@ class Math:
         if self.interpret:
             return x[(jnp.arange(x.shape[0]) & ~3) + lane]
         return self._asm("shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;", x, lane)
+
+    def shared(self, like: Array, size: int) -> Array:
+        """The address of ``size`` bytes of the program's shared memory, in every lane of a vector like this one."""
+        code = f"{{ .shared .align 16 .b8 kept[{size}]; mov.u32 $0, kept; }}"
+        return self._asm(code, like, dtype=jnp.int32)
+
+    def put(self, at: Array, value: Array) -> Array:
+        """Stores each lane's value at its address of shared memory; gives 0."""
+        return self._asm("st.shared.f32 [$1], $2; mov.u32 $0, 0;", at, value, dtype=jnp.int32)
+
+    def barrier(self, at: Array) -> Array:
+        """Waits for all lanes of the program; gives its argument back."""
+        return self._asm("bar.sync 0; mov.u32 $0, $1;", at, dtype=jnp.int32)
+
+    def get(self, at: Array, offset: int) -> Array:
+        """Each lane's value at its address of shared memory, and as many bytes further."""
+        return self._asm(f"ld.shared.f32 $0, [$1+{offset}];", at)
 
     def sigmoid(self, x: Array) -> Array:
         """1 / (1 + e^-x)."""

@@ -14,8 +14,10 @@ Kernels find their refs by name; those of optional inputs are absent.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
@@ -144,6 +146,24 @@ class Program:
         vectors = [x.reshape(-1) for four in fours for x in jnp.split(four, QUAD, axis=1)]
         return [vectors[k * count : (k + 1) * count] for k in self.channels]
 
+    def fence(self) -> None:
+        """Keeps the compiler from moving loads down from here to where their values are waited for."""
+        if not self.walk.interpret:
+            pltriton.debug_barrier()
+
+    def apart(self, work: Callable[[Any], tuple[Any, Any]], carry: Any, time: Array) -> tuple[Any, Any]:
+        """``work(carry)``, a carry and more, in a branch of its own, so that loads before it stay there.
+
+        It is always taken, as ``time`` is a token's; but that nobody can tell who does not know the grid's size.
+        """
+
+        def never(carry: Any) -> tuple[Any, Any]:
+            more = jax.eval_shape(work, carry)[1]
+            return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), more)
+
+        taken = time + self.sample < self.walk.length + self.walk.samples
+        return jax.lax.cond(taken, work, never, carry)
+
     def decays(self, deltas: Vectors) -> State:
         """exp(Δ A) of each channel and state."""
         return [[self.math.exp2(delta * a) for a in A] for delta, A in zip(deltas, self.A)]
@@ -154,14 +174,15 @@ class Program:
         ``parts`` has a vector for each token of a group and channel.
         """
         exchange, bit = self.math.exchange, QUAD // 2
-        while len(parts) > 1:
-            half, upper = len(parts) // 2, (self.lane & bit) != 0
-            parts = [
-                [jnp.where(upper, b, a) + exchange(jnp.where(upper, a, b), bit) for a, b in zip(*pair)]
-                for pair in zip(parts[:half], parts[half:])
+        sums = [sum((exchange(x, k) for k, x in enumerate(part) if k), part[0]) for part in parts]
+        while len(sums) > 1:
+            half, upper = len(sums) // 2, (self.lane & bit) != 0
+            sums = [
+                jnp.where(upper, b, a) + exchange(jnp.where(upper, a, b), bit)
+                for a, b in zip(sums[:half], sums[half:])
             ]
             bit //= 2
-        return sum((exchange(x, k) for k, x in enumerate(parts[0]) if k), parts[0][0])
+        return sums[0]
 
     def over_quads(self, values: Vectors) -> Vectors:
         """Sums a vector of each state over quads with the same parity of number // 4; one sum a set and lane.
