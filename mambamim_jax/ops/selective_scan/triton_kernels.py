@@ -47,8 +47,8 @@ def forward(p: Program) -> None:
 
     def body(chunk: Chunk, data: Data, h: State, fetch: Fetch) -> tuple[State, Data]:
         following = fetch()
-        p.fence()
-        if "saved" in p.refs:
+        if "saved" in p.refs:  # without states to save it costs more than it gains
+            p.fence()
             pl.when(chunk.index % STRIDE == 0)(lambda: p.put_saved(chunk.index // STRIDE, h))
         for group in chunk.groups(data):
             parts = []

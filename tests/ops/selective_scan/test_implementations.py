@@ -139,6 +139,15 @@ def test_triton_with_any_channels_of_a_quad(channels, monkeypatch):
     assert_close(run(inputs, "pallas_triton"), want, 1e-5, "inference")
 
 
+@pytest.mark.parametrize(("warps", "n"), [(1, 20), (4, 3), (4, 20)])
+def test_triton_with_any_warps_of_a_program(warps, n, monkeypatch):
+    """Rows of dB and dC for two tokens and one or two sets of states: more, as many and fewer than warps."""
+    shape = (*SMALL[:3], n)
+    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH._replace(backward_warps=warps))
+    gradients = values_and_gradients(random_inputs(shape), cotangents(shape), "pallas_triton")[1]
+    assert_close(gradients, expected(shape)[1], 1e-4, "gradient")
+
+
 @pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
 def test_triton_with_arrays_too_large_to_be_flat(reverse, monkeypatch):
     monkeypatch.setattr(triton, "PLACES", 0)
