@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,11 +96,11 @@ def backward(
     e, states = f.u.shape[2], f.A.shape[1]
     dy, dlast = _widen(dy, e), None if dlast is None else _pad(dlast.mT, (states, e))
     walk, segments = _walk(f, launch, True, launch.backward_warps, reverse)
-    warps = (_programs(f, walk), LANES)
+    programs = _programs(f, walk)
     outputs = {
         "du": _flat(f.u),
         "ddelta": _flat(f.delta),
-        "dBC": _tokens((b, length * states // SET * math.prod(warps)), jnp.float32),
+        "dBC": _tokens((b, length * states // SET * programs * LANES), jnp.float32),
         "sums": _float(segments, b, states + 2, e),
     }
     if f.z is not None:
@@ -110,10 +109,10 @@ def backward(
         outputs["dfirst"] = _float(segments, b, states, e)
     entries = _entries(f, dy, dlast, walk, segments)
     given = {**_arrays(f), "dy": _rows(dy), "saved": saved, "dlast": entries}
-    out = _launch(kernels.backward, "backward", walk, (_programs(f, walk), b, segments), given, outputs)
+    out = _launch(kernels.backward, "backward", walk, (programs, b, segments), given, outputs)
     wide = {k: out[k].reshape(f.u.shape)[..., :width] for k in ("du", "ddelta", "dz") if k in out}
     totals = jnp.sum(out["sums"], axis=(0, 1))[:, :width]
-    sums = jnp.sum(out["dBC"].reshape(b, length, -1, *warps), axis=3)
+    sums = jnp.sum(out["dBC"].reshape(b, length, -1, programs, LANES), axis=3)
     dB, dC = (x.reshape(b, length, states)[..., :n] for x in jnp.split(sums, 2, axis=3))
     return ScanInputs(
         u=wide["du"],
@@ -203,7 +202,7 @@ def _walk(f: ScanInputs, launch: Launch, save: bool, warps: int, reverse: bool) 
 
 def _programs(f: ScanInputs, walk: Walk) -> int:
     """Programs over the channels."""
-    return f.u.shape[2] // (walk.block // QUAD * walk.channels)
+    return f.u.shape[2] // walk.width
 
 
 def _arrays(f: ScanInputs) -> dict[str, Array | None]:

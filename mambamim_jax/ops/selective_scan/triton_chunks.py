@@ -95,7 +95,7 @@ class Chunk:
     def write_sums(self, sums: WarpSums, rows: list[Array]) -> None:
         """Stores the sums of what `put_sums` gave for all tokens into ``dBC`` (b, l sets programs 32)."""
         p, sets = self.program, len(self.program.states) // QUAD
-        programs = p.width // (p.walk.block // QUAD * p.walk.channels)
+        programs = p.width // p.walk.width
         for row, total in sums.totals(self.index, rows):
             i, inside = row // sets, None
             if self.tail or len(rows) % sums.warps:

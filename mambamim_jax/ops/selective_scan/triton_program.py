@@ -51,6 +51,11 @@ class Walk(NamedTuple):
     interpret: bool  # run by the Pallas interpreter, which knows no inline assembly
 
     @property
+    def width(self) -> int:
+        """Channels of a program."""
+        return self.block // QUAD * self.channels
+
+    @property
     def together(self) -> int:
         """Tokens of a group."""
         return QUAD // self.channels
@@ -66,8 +71,7 @@ class Program:
         self.lanes = pl.ds(self.block * walk.block, walk.block)
         lane = jnp.arange(walk.block, dtype=jnp.int32)
         self.lane, self.channels = lane, range(walk.channels)
-        first = self.block * (walk.block // QUAD * walk.channels)
-        self.channel = first + lane // QUAD * walk.channels + lane % walk.channels
+        self.channel = self.block * walk.width + lane // QUAD * walk.channels + lane % walk.channels
         self.turn = lane % QUAD // walk.channels
         self.width, n = refs["A"].shape
         self.states = range(n // QUAD)
