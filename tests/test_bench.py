@@ -126,6 +126,22 @@ def test_command_lines_are_refused_in_one_line(capsys):
     assert "found nothing, expected one of step, toki" in second
 
 
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--grid=4by54", "--grid: found '4by54', expected batch x length"),
+        ("--grid=0x54", "--grid: found '0x54', expected batch x length"),
+        ("--implementations=sequential,fast", "--implementations: found 'fast', expected some of auto"),
+    ],
+)
+def test_scan_checks_its_arguments_before_any_work(argument, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        scan.main([argument])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
 def test_step_checks_its_arguments_before_any_work(capsys):
     assert step.main(["--dtype=float31"]) == 2
     assert "float31" in capsys.readouterr().err

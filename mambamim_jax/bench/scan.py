@@ -185,6 +185,8 @@ def measure(b: int, l: int, mode: str, names: Sequence[str], options: argparse.N
             sides["mamba_ssm CUDA"] = mamba_ssm(inputs, mode, iterations)
         except ImportError as error:
             print(f"mamba_ssm is not measured: {error}")
+    if not sides:
+        return []
     times = alternate(sides, options.rounds)
     floor, first = floor_seconds(b, l, e, mode, options.dtype), next(iter(times.values()))
     on_cpu = jax.default_backend() == "cpu"
@@ -233,15 +235,36 @@ def sweep_launches(base: tuning.Launch, channels: int, mode: str) -> list[tuning
     return [base._replace(chunk=chunk, backward_warps=w) for chunk in chunks for w in (1, 2, 4)]
 
 
+def _sizes(text: str) -> list[tuple[int, int]]:
+    try:
+        sizes = [(int(b), int(l)) for b, l in (size.split("x") for size in text.split(","))]
+    except ValueError:
+        sizes = []
+    if not sizes or min(min(size) for size in sizes) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected batch x length, such as 64x216,2x1728")
+    return sizes
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in api.IMPLEMENTATIONS:
+            raise argparse.ArgumentTypeError(
+                f"found {name!r}, expected some of {', '.join(api.IMPLEMENTATIONS)}"
+            )
+    return names
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables; 0."""
     parser = LineParser(prog="bench.py scan", description=(__doc__ or "").splitlines()[0])
     on_gpu = jax.default_backend() == "gpu"
     default = "pallas_triton,associative" if on_gpu else "sequential,associative"
+    grid = GRID if on_gpu else "2x54,2x216,2x1728"
+    parser.add_argument("--grid", type=_sizes, default=grid, help="BxL,... (%(default)s)")
     parser.add_argument(
-        "--grid", default=GRID if on_gpu else "2x54,2x216,2x1728", help="BxL,... (%(default)s)"
+        "--implementations", type=_names, default=default, help="the first is what ratios refer to"
     )
-    parser.add_argument("--implementations", default=default, help="the first is what ratios refer to")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--state", type=int, default=16)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -249,7 +272,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--iterations", type=int, default=0 if on_gpu else 1)
     parser.add_argument("--sweep", action="store_true", help="time launch sizes of the GPU kernel instead")
     options = parser.parse_args(argv)
-    sizes = [tuple(int(part) for part in size.split("x")) for size in options.grid.split(",")]
     device = jax.devices()[0].device_kind
     title = f"selective scan, e = {options.width}, n = {options.state}, {options.dtype}, {device}"
     if options.sweep and not on_gpu:
@@ -257,12 +279,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--sweep: found no GPU (the default device is {device}), expected one: it times GPU kernels"
         )
     if options.sweep:
-        rows = [row for b, l in sizes for row in sweep(b, l, options)]
+        rows = [row for b, l in options.grid for row in sweep(b, l, options)]
         fields = ", ".join(tuning.Launch._fields)
         print_table(f"{title}: launch sizes ({fields})", ["b, l", "pass", "launch", "µs"], rows)
         return 0
-    names = options.implementations.split(",")
-    rows = [row for b, l in sizes for mode in NEEDS for row in measure(b, l, mode, names, options)]
+    names = options.implementations
+    rows = [row for b, l in options.grid for mode in NEEDS for row in measure(b, l, mode, names, options)]
+    if not rows:
+        parser.error(f"--implementations: none of {', '.join(names)} runs on this device ({device})")
     header = ["b, l", "pass", "implementation", "µs", "of floor", "scratch MiB", f"time / {names[0]}'s"]
     header += ["processor µs", "ratio"]
     print_table(title, header, rows)
