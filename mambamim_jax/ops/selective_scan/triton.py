@@ -173,9 +173,7 @@ def _walk(f: ScanInputs, launch: Launch, save: bool, warps: int, reverse: bool) 
     Raises: ValueError for channels or a chunk that no kernel takes.
     """
     b, length, e = f.u.shape
-    chunk, channels = (
-        (launch.chunk, launch.channels) if save else (launch.inference_chunk, launch.inference_channels)
-    )
+    chunk, channels = (launch.chunk, launch.channels) if save else _inference(launch, b, length, e)
     if channels not in (1, 2, 4):
         raise ValueError(f"found {channels} channels a quad, expected 1, 2 or 4")
     if chunk < 1 or chunk % (QUAD // channels):
@@ -195,9 +193,24 @@ def _walk(f: ScanInputs, launch: Launch, save: bool, warps: int, reverse: bool) 
         block=LANES * warps,
         per_segment=per_segment,
         reverse=reverse,
+        skip=0,
         interpret=_interpret,
     )
     return walk, -(-chunks // per_segment)
+
+
+def _inference(launch: Launch, b: int, length: int, e: int) -> tuple[int, int]:
+    """Chunk and channels; half the channels where a card that is far from filled would be by short segments.
+
+    That makes twice the warps, so that half as many segments are enough.
+    """
+    chunk, channels = launch.inference_chunk, launch.inference_channels
+    warps = max(b * e * QUAD // (LANES * channels), 1)
+    segments = max(min(launch.fill // warps, length // launch.shortest), 1)
+    short = 2 * warps < launch.fill and length // segments < launch.halve_below
+    return chunk, channels // 2 if short and channels > 1 and chunk % (
+        2 * QUAD // channels
+    ) == 0 else channels
 
 
 def _programs(f: ScanInputs, walk: Walk) -> int:
@@ -243,16 +256,17 @@ def _entries(f: ScanInputs, dy: Array | None, edge: Array | None, walk: Walk, se
     found = _launch(
         functools.partial(kernels.ends, adjoint=adjoint),
         "ends",
-        walk,
-        (_programs(f, walk), b, segments),
+        walk._replace(skip=int(adjoint)),
+        (_programs(f, walk), b, segments - 1),
         {**given, "dy": None if dy is None else _rows(dy)},
         {"end": _float(segments, b, n, e), "total": _float(segments, b, e)},
     )
+    single = walk._replace(channels=1, block=LANES)
     combined = _launch(
         functools.partial(kernels.combine, segments=segments, adjoint=adjoint),
         "combine",
-        walk,
-        (_programs(f, walk), b, 1),
+        single,
+        (_programs(f, single), b, 1),
         {"A": arrays["A"], "first": None if edge is None else edge[None], **found},
         {"entry": _float(segments, b, n, e)},
     )

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
 from mambamim_jax.ops.selective_scan.triton_chunks import Chunk, Data, Group, fold
 from mambamim_jax.ops.selective_scan.triton_math import LOG2E
@@ -21,6 +20,9 @@ Fetch = Callable[[], Any]
 
 Carry = tuple[State, State, Array, Array]
 """The gradient of the state, and what was summed of those of A, D and delta_bias."""
+
+AT_ONCE = 16
+"""Segments that `combine` reads at once."""
 
 
 def dot(p: Program, xs: Vectors, ys: Vectors) -> Array:
@@ -47,23 +49,26 @@ def forward(p: Program) -> None:
 
     def body(chunk: Chunk, data: Data, h: State, fetch: Fetch) -> tuple[State, Data]:
         following = fetch()
-        if "saved" in p.refs:  # without states to save it costs more than it gains
-            p.fence()
-            pl.when(chunk.index % STRIDE == 0)(lambda: p.put_saved(chunk.index // STRIDE, h))
-        for group in chunk.groups(data):
-            parts = []
-            for turn in group.turns:
-                h = group.step(h, turn)[1]
-                C = group.shared("C", turn)
-                parts.append([dot(p, xs, C) for xs in h])
-            y = p.collect(parts)
-            if p.D is not None:
-                y = p.math.fma(p.D, group.u, y)
-            if "z" in data:
-                z = group.row("z")
-                y = y * z * p.math.sigmoid(z)
-            group.write("y", y)
-        return h, following
+
+        def work(h: State) -> tuple[State, None]:
+            if "saved" in p.refs:
+                pl.when(chunk.index % STRIDE == 0)(lambda: p.put_saved(chunk.index // STRIDE, h))
+            for group in chunk.groups(data):
+                parts = []
+                for turn in group.turns:
+                    h = group.step(h, turn)[1]
+                    C = group.shared("C", turn)
+                    parts.append([dot(p, xs, C) for xs in h])
+                y = p.collect(parts)
+                if p.D is not None:
+                    y = p.math.fma(p.D, group.u, y)
+                if "z" in data:
+                    z = group.row("z")
+                    y = y * z * p.math.sigmoid(z)
+                group.write("y", y)
+            return h, None
+
+        return p.apart(work, h, chunk.index)[0], following
 
     p.put_state("last", fold(p, body, p.state("first"), read))
 
@@ -79,13 +84,16 @@ def ends(p: Program, adjoint: bool) -> None:
 
     def body(chunk: Chunk, data: Data, carry: tuple[State, Array], fetch: Fetch) -> tuple[Any, Data]:
         following = fetch()
-        p.fence()
-        (h, total), groups = carry, chunk.groups(data)
-        for group in reversed(groups) if adjoint else groups:
-            for turn in reversed(group.turns) if adjoint else group.turns:
-                h = _adjoint_step(p, group, h, turn) if adjoint else group.step(h, turn)[1]
-            total = total + group.delta
-        return (h, total), following
+
+        def work(carry: tuple[State, Array]) -> tuple[tuple[State, Array], None]:
+            (h, total), groups = carry, chunk.groups(data)
+            for group in reversed(groups) if adjoint else groups:
+                for turn in reversed(group.turns) if adjoint else group.turns:
+                    h = _adjoint_step(p, group, h, turn) if adjoint else group.step(h, turn)[1]
+                total = total + group.delta
+            return (h, total), None
+
+        return p.apart(work, carry, chunk.index)[0], following
 
     h, total = fold(p, body, (p.nothing(), p.zeros()), read, backwards=adjoint)
     p.put_state("end", h)
@@ -101,17 +109,26 @@ def _adjoint_step(p: Program, group: Group, g: State, turn: int) -> State:
 
 
 def combine(p: Program, segments: int, adjoint: bool) -> None:
-    """From every segment's end to the state that enters every segment, ``entry`` (segments, b, n, e)."""
+    """From the ends of segments to the state that enters every segment, ``entry`` (segments, b, n, e).
 
-    def segment(index: Array, h: State) -> State:
-        s = segments - 1 - index if adjoint else index
-        total = [pltriton.load(p.refs["total"].at[s, p.sample, p.channel ^ k]) for k in p.channels]
-        p.put_state("entry", h, s)
-        end = p.natural(p.refs["end"], s, p.sample)
-        decays = p.decays(total)
-        return [[p.math.fma(*three) for three in zip(*channel)] for channel in zip(decays, h, end)]
+    Several segments are read at once, since otherwise each would wait for memory.
+    """
 
-    jax.lax.fori_loop(0, segments, segment, p.state("first"))
+    def some(first: int | Array, count: int, h: State) -> State:
+        places = [segments - 1 - first - i if adjoint else first + i for i in range(count)]
+        read = [(p.totals(s), p.natural(p.refs["end"], s, p.sample)) for s in places]
+        for s, (total, end) in zip(places, read):
+            p.put_state("entry", h, s)
+            decays = p.decays(total)
+            h = [[p.math.fma(*three) for three in zip(*channel)] for channel in zip(decays, h, end)]
+        return h
+
+    whole, rest = divmod(segments - 1, AT_ONCE)
+    h = p.state("first")
+    if whole:
+        h = jax.lax.fori_loop(0, whole, lambda i, h: some(i * AT_ONCE, AT_ONCE, h), h)
+    h = some(whole * AT_ONCE, rest, h)
+    p.put_state("entry", h, 0 if adjoint else segments - 1)
 
 
 class Trail(NamedTuple):

@@ -18,6 +18,18 @@ from mambamim_jax.types import Array
 
 LANES = 32
 LOG2E = math.log2(math.e)
+LOG1P = (
+    0.99999994,
+    -0.49999493,
+    0.33319098,
+    -0.24842979,
+    0.19105993,
+    -0.13663214,
+    0.078225560,
+    -0.029504986,
+    0.0052326294,
+)
+"""P of log(1 + w) = w P(w), 0 ≤ w ≤ 1, with the smallest relative error of its degree: 3e-8, in float32 2e-7."""
 
 
 class Math:
@@ -87,10 +99,10 @@ class Math:
         return self.reciprocal(1.0 + self.exp2(x * -LOG2E))
 
     def softplus(self, x: Array) -> Array:
-        """log(1 + e^x) = max(x, 0) + 2 artanh(w / (2 + w)), w = e^-|x|: exact for tiny values too."""
+        """log(1 + e^x) = max(x, 0) + w P(w), w = e^-|x|: exact for tiny values too, and no reciprocal."""
         w = self.exp2(jnp.abs(x) * -LOG2E)
-        s = w * self.reciprocal(2.0 + w)
-        square, series = s * s, jnp.full(x.shape, 2 / 11, jnp.float32)
-        for odd in (9, 7, 5, 3, 1):
-            series = self.fma(series, square, jnp.full(x.shape, 2 / odd, jnp.float32))
-        return self.fma(s, series, jnp.maximum(x, 0.0))
+        *rest, last = LOG1P
+        series = jnp.full(x.shape, last, jnp.float32)
+        for factor in reversed(rest):
+            series = self.fma(series, w, jnp.full(x.shape, factor, jnp.float32))
+        return self.fma(w, series, jnp.maximum(x, 0.0))

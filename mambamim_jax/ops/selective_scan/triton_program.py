@@ -48,6 +48,7 @@ class Walk(NamedTuple):
     block: int  # lanes of a program
     per_segment: int  # chunks of a segment
     reverse: bool  # time runs from the last token to the first
+    skip: int  # segments before the first program's
     interpret: bool  # run by the Pallas interpreter, which knows no inline assembly
 
     @property
@@ -67,7 +68,8 @@ class Program:
     def __init__(self, refs: dict[str, Any], walk: Walk):
         self.refs, self.walk = refs, walk
         self.math = Math(walk.interpret)
-        self.block, self.sample, self.segment = (pl.program_id(axis) for axis in range(3))
+        self.block, self.sample, segment = (pl.program_id(axis) for axis in range(3))
+        self.segment = segment + walk.skip
         self.lanes = pl.ds(self.block * walk.block, walk.block)
         lane = jnp.arange(walk.block, dtype=jnp.int32)
         self.lane, self.channels = lane, range(walk.channels)
@@ -121,7 +123,14 @@ class Program:
             self.natural(self.refs[name], self.segment, self.sample) if name in self.refs else self.nothing()
         )
 
-    def put_state(self, name: str, value: State, segment: Array | None = None) -> None:
+    def totals(self, segment: int | Array) -> Vectors:
+        """A segment's sums of delta, ``total`` (segments, b, e), for each of a lane's channels."""
+        return [
+            pltriton.load(self.refs["total"].at[segment, self.sample, self.channel ^ k])
+            for k in self.channels
+        ]
+
+    def put_state(self, name: str, value: State, segment: int | Array | None = None) -> None:
         """Stores into a state per segment."""
         at = self.segment if segment is None else segment, self.sample
         for places, vectors in zip(self._places(), value):
@@ -150,22 +159,20 @@ class Program:
         vectors = [x.reshape(-1) for four in fours for x in jnp.split(four, QUAD, axis=1)]
         return [vectors[k * count : (k + 1) * count] for k in self.channels]
 
-    def fence(self) -> None:
-        """Keeps the compiler from moving loads down from here to where their values are waited for."""
-        if not self.walk.interpret:
-            pltriton.debug_barrier()
-
     def apart(self, work: Callable[[Any], tuple[Any, Any]], carry: Any, time: Array) -> tuple[Any, Any]:
         """``work(carry)``, a carry and more, in a branch of its own, so that loads before it stay there.
 
-        It is always taken, as ``time`` is a token's; but that nobody can tell who does not know the grid's size.
+        It is always taken, as ``time`` is a chunk's number; but the compiler, which knows of no sample or segment
+        but that it is below 65,535, cannot tell.
         """
 
         def never(carry: Any) -> tuple[Any, Any]:
             more = jax.eval_shape(work, carry)[1]
             return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), more)
 
-        taken = time + self.sample < self.walk.length + self.walk.samples
+        walk = self.walk
+        chunks = -(-walk.length // walk.chunk)
+        taken = time + self.sample + self.segment < chunks + walk.samples - chunks // -walk.per_segment
         return jax.lax.cond(taken, work, never, carry)
 
     def decays(self, deltas: Vectors) -> State:

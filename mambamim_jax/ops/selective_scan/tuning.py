@@ -22,12 +22,13 @@ class Launch(NamedTuple):
     backward_warps: int  # warps of a backward program
     fill: int  # warps that fill the card; where a launch has fewer, the length is split into segments
     shortest: int  # tokens below which a segment is not split further
+    halve_below: int  # tokens of a segment below which inference halves its channels, where warps are few
 
 
 # The row of (8, 0) is that of (9, 0) with its own fill, not measured.
 TUNED = {
-    (8, 0): Launch(8, 4, 4, 2, 1, 2, 108 * 12, 48),
-    (9, 0): Launch(8, 4, 4, 2, 1, 2, 132 * 12, 48),
+    (8, 0): Launch(8, 4, 4, 2, 1, 2, 108 * 12, 48, 128),
+    (9, 0): Launch(8, 4, 4, 2, 1, 2, 132 * 12, 48, 128),
 }
 
 

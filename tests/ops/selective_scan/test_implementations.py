@@ -30,7 +30,7 @@ CASES = [
     (shape, reverse) for shape in shapes.SCAN for reverse in (False, True) if not reverse or shape[3] < 16
 ]
 # Two tokens a chunk keep the interpreted programs small; segments of eight tokens, so that lengths are split.
-LAUNCH = tuning.Launch(2, 4, 2, 2, warps=1, backward_warps=2, fill=16, shortest=8)
+LAUNCH = tuning.Launch(2, 4, 2, 2, warps=1, backward_warps=2, fill=16, shortest=8, halve_below=0)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
@@ -155,3 +155,13 @@ def test_triton_with_arrays_too_large_to_be_flat(reverse, monkeypatch):
     want, want_gradients = expected(SMALL, reverse)
     assert_close(out, want, 1e-5, "value")
     assert_close(gradients, want_gradients, 1e-4, "gradient")
+
+
+@pytest.mark.parametrize(("length", "halve_below", "channels"), [(70, 18, 2), (70, 17, 4), (300, 18, 4)])
+def test_triton_halves_channels_where_segments_would_be_short(length, halve_below, channels, monkeypatch):
+    """At four channels two samples make four warps, so that 16 are filled by four segments: 17 or 75 tokens each."""
+    launch = LAUNCH._replace(halve_below=halve_below)
+    monkeypatch.setattr(triton, "_default_launch", lambda: launch)
+    assert triton._inference(launch, 2, length, 64) == (2, channels)
+    inputs = random_inputs((2, length, 40, 3))
+    assert_close(run(inputs, "pallas_triton"), run(inputs, "reference"), 1e-5, "inference")
