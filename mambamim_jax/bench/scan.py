@@ -5,7 +5,8 @@ python launch/bench.py scan [--grid=4x54,64x54,...] [--implementations=...] [--d
 On a GPU the share of the floor is printed beside: the largest of the times that moving the fewest bytes,
 the arithmetic and the exponentials need on that card. Where PyTorch and mamba_ssm's extension
 ``selective_scan_cuda`` can be imported, its kernel is measured too. All sides are timed alternately, many
-iterations inside one launch, so that neither the dispatch of JAX nor that of PyTorch is in the figures.
+iterations inside one launch, so that neither the dispatch of JAX nor that of PyTorch is in the figures. All is
+compiled before anything is timed.
 On a CPU the time of all processor threads is printed too, which other work on the machine disturbs less.
 """
 
@@ -17,6 +18,7 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -37,7 +39,10 @@ CEILINGS = {
 """Bytes, floating-point operations and exponentials a second."""
 NEEDS = {"forward": (4, 137, 20), "forward + backward": (11, 560, 58)}
 """Per (b, l, e) at n = 16: array elements moved, floating-point operations, exponentials."""
+COPIED_ELEMENTS = 32_000_000
+"""(b, l, e) elements up to which a loop's body holds several runs, so that the loop's own cost does not show."""
 Run = Callable[[], float]
+Compile = Callable[[], tuple[Run, int]]
 
 
 def make_inputs(b: int, l: int, e: int, n: int, dtype: str) -> ScanInputs:
@@ -55,9 +60,14 @@ def make_inputs(b: int, l: int, e: int, n: int, dtype: str) -> ScanInputs:
 
 def ours(
     inputs: ScanInputs, mode: str, iterations: int, name: str, launch: tuning.Launch | None = None
-) -> tuple[Run, int]:
-    """A function that times ``iterations`` runs and returns seconds a run, and its scratch bytes."""
+) -> Compile:
+    """A function that compiles; it gives one that times ``iterations`` runs, in seconds a run, and the scratch bytes.
+
+    Compiling several sides at once is safe and saves minutes.
+    """
     scan: Any = api.selective_scan
+    copies = min(max(COPIED_ELEMENTS // inputs.u.size, 1), 16, iterations)
+    turns = iterations // copies
 
     def once(inputs: ScanInputs) -> Any:
         if launch is not None:
@@ -72,24 +82,31 @@ def ours(
         y, pull = jax.vjp(functools.partial(scan, implementation=name), *arrays)
         return y, pull(y)
 
-    def many(inputs: ScanInputs) -> Any:
+    def many(inputs: ScanInputs, biases: list[jax.Array]) -> Any:
         def body(_: Any, carry: Any) -> Any:
-            inputs, _ = carry
-            return jax.lax.optimization_barrier((inputs, once(inputs)))
+            (inputs, biases), _ = carry
+            found = [once(inputs._replace(delta_bias=bias)) for bias in biases]
+            return jax.lax.optimization_barrier(((inputs, biases), found))
 
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(once, inputs))
-        return jax.lax.fori_loop(0, iterations, body, (inputs, start))[1]
+        one = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(once, inputs))
+        return jax.lax.fori_loop(0, turns, body, ((inputs, biases), [one for _ in biases]))[1]
 
-    compiled = jax.jit(many if iterations > 1 else once).lower(inputs).compile()
-    jax.block_until_ready(compiled(inputs))
+    assert inputs.delta_bias is not None
+    biases = [inputs.delta_bias + k / 1000 for k in range(copies)]
+    function, given = (many, (inputs, biases)) if iterations > 1 else (once, (inputs,))
+    lowered: Any = jax.jit(function).lower(*given)
 
-    def run() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(inputs))
-        return (time.perf_counter() - start) / iterations
+    def compiled() -> tuple[Run, int]:
+        call: Any = lowered.compile()
 
-    analysis: Any = compiled.memory_analysis()
-    return run, analysis.temp_size_in_bytes
+        def run() -> float:
+            start = time.perf_counter()
+            jax.block_until_ready(call(*given))
+            return (time.perf_counter() - start) / (turns * copies)
+
+        return run, call.memory_analysis().temp_size_in_bytes
+
+    return compiled
 
 
 def mamba_ssm(inputs: ScanInputs, mode: str, iterations: int) -> Run:
@@ -165,30 +182,52 @@ def alternate(sides: dict[str, Run], rounds: int) -> dict[str, tuple[float, floa
     }
 
 
-def measure(b: int, l: int, mode: str, names: Sequence[str], options: argparse.Namespace) -> list[list[str]]:
-    """The table's rows of one size."""
+def measure(
+    b: int, l: int, mode: str, options: argparse.Namespace, pool: Executor
+) -> Callable[[], list[list[str]]]:
+    """Begins to compile one size's sides; gives a function that measures them for the table's rows."""
     e, n = options.width, options.state
     inputs = make_inputs(b, l, e, n, options.dtype)
     iterations = options.iterations or _iterations(b * l * e)
-    sides: dict[str, Run] = {}
-    memory: dict[str, int] = {}
-    for name in names:
+    begun: dict[str, Future[tuple[Run, int]]] = {}
+
+    def failed(name: str, error: Exception) -> None:
+        print(f"{name} at {b} x {l}, {mode}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+
+    for name in options.implementations:
         slow = name not in ("pallas_triton", "pallas_mosaic")
         try:
-            sides[name], memory[name] = ours(
-                inputs, mode, max(1, iterations // 20) if slow else iterations, name
+            begun[name] = pool.submit(
+                ours(inputs, mode, max(1, iterations // 20) if slow else iterations, name)
             )
         except Exception as error:
-            print(f"{name} at {b} x {l}, {mode}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
-    if jax.default_backend() == "gpu" and options.dtype == "float32":
-        try:
-            sides["mamba_ssm CUDA"] = mamba_ssm(inputs, mode, iterations)
-        except ImportError as error:
-            print(f"mamba_ssm is not measured: {error}")
-    if not sides:
-        return []
+            failed(name, error)
+
+    def rows() -> list[list[str]]:
+        sides: dict[str, Run] = {}
+        memory: dict[str, int] = {}
+        for name, future in begun.items():
+            try:
+                sides[name], memory[name] = future.result()
+                sides[name]()
+            except Exception as error:
+                sides.pop(name, None)
+                failed(name, error)
+        if jax.default_backend() == "gpu" and options.dtype == "float32":
+            try:
+                sides["mamba_ssm CUDA"] = mamba_ssm(inputs, mode, iterations)
+            except ImportError as error:
+                print(f"mamba_ssm is not measured: {error}")
+        return _rows(b, l, mode, sides, memory, options) if sides else []
+
+    return rows
+
+
+def _rows(
+    b: int, l: int, mode: str, sides: dict[str, Run], memory: dict[str, int], options: argparse.Namespace
+) -> list[list[str]]:
     times = alternate(sides, options.rounds)
-    floor, first = floor_seconds(b, l, e, mode, options.dtype), next(iter(times.values()))
+    floor, first = floor_seconds(b, l, options.width, mode, options.dtype), next(iter(times.values()))
     on_cpu = jax.default_backend() == "cpu"
     return [
         [
@@ -206,16 +245,18 @@ def measure(b: int, l: int, mode: str, names: Sequence[str], options: argparse.N
     ]
 
 
-def sweep(b: int, l: int, options: argparse.Namespace) -> list[list[str]]:
+def sweep(b: int, l: int, options: argparse.Namespace, pool: Executor) -> list[list[str]]:
     """The rows of the sweep from which `tuning.TUNED` is chosen."""
     inputs = make_inputs(b, l, options.width, options.state, options.dtype)
     iterations = _iterations(b * l * options.width)
     base = triton._default_launch()
     rows = []
     for mode in NEEDS:
-        sides: dict[str, Run] = {}
-        for launch in sweep_launches(base, b * options.width, mode):
-            sides[str(tuple(launch))] = ours(inputs, mode, iterations, "pallas_triton", launch)[0]
+        begun = {
+            str(tuple(launch)): pool.submit(ours(inputs, mode, iterations, "pallas_triton", launch))
+            for launch in sweep_launches(base, b * options.width, mode)
+        }
+        sides = {name: future.result()[0] for name, future in begun.items()}
         for name, (seconds, _) in sorted(alternate(sides, 5).items(), key=lambda item: item[1]):
             rows.append([f"{b}, {l}", mode, name, f"{seconds * 1e6:.1f}"])
     return rows
@@ -226,7 +267,12 @@ def sweep_launches(base: tuning.Launch, channels: int, mode: str) -> list[tuning
     inference = mode == "forward"
     quads = channels // (base.inference_channels if inference else base.channels)
     if quads // 8 < base.fill // 2:
-        return [base._replace(fill=int(base.fill * scale)) for scale in (0.5, 1, 2)]
+        halves = (0, base.halve_below) if inference else (base.halve_below,)
+        return [
+            base._replace(fill=int(base.fill * scale), halve_below=tokens)
+            for scale in (0.5, 1, 2)
+            for tokens in halves
+        ]
     if inference:
         sizes = [(chunk, k) for k in (2, 4) for chunk in (4, 8)]
         return [base._replace(inference_chunk=chunk, inference_channels=k) for chunk, k in sizes]
@@ -279,12 +325,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--sweep: found no GPU (the default device is {device}), expected one: it times GPU kernels"
         )
     if options.sweep:
-        rows = [row for b, l in options.grid for row in sweep(b, l, options)]
+        with ThreadPoolExecutor() as pool:
+            rows = [row for b, l in options.grid for row in sweep(b, l, options, pool)]
         fields = ", ".join(tuning.Launch._fields)
         print_table(f"{title}: launch sizes ({fields})", ["b, l", "pass", "launch", "µs"], rows)
         return 0
     names = options.implementations
-    rows = [row for b, l in options.grid for mode in NEEDS for row in measure(b, l, mode, names, options)]
+    with ThreadPoolExecutor() as pool:
+        begun = [measure(b, l, mode, options, pool) for b, l in options.grid for mode in NEEDS]
+    rows = [row for finish in begun for row in finish()]
     if not rows:
         parser.error(f"--implementations: none of {', '.join(names)} runs on this device ({device})")
     header = ["b, l", "pass", "implementation", "µs", "of floor", "scratch MiB", f"time / {names[0]}'s"]
