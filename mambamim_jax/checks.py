@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 
@@ -32,6 +32,36 @@ def did_you_mean(found: str, choices: Sequence[str]) -> str:
     """A hint at the choice nearest to what was found, or nothing."""
     close = difflib.get_close_matches(found, choices, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else ""
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of a command line's option that takes a whole number, at least ``least``."""
+
+    def parse(text: str) -> int:
+        try:
+            found = int(text)
+        except ValueError:
+            found = least - 1
+        if found < least:
+            raise argparse.ArgumentTypeError(f"found {text}, expected a whole number, at least {least}")
+        return found
+
+    return parse
+
+
+def whole_numbers(least: int, count: int | None = None) -> Callable[[str], tuple[int, ...]]:
+    """The type of an option that takes whole numbers separated by commas, as many as ``count`` where that is given."""
+    one = whole(least)
+
+    def parse(text: str) -> tuple[int, ...]:
+        found = tuple(one(item) for item in text.split(","))
+        if count is not None and len(found) != count:
+            raise argparse.ArgumentTypeError(
+                f"found {text}, expected {count} whole numbers separated by commas"
+            )
+        return found
+
+    return parse
 
 
 class LineParser(argparse.ArgumentParser):

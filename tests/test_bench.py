@@ -142,10 +142,35 @@ def test_scan_checks_its_arguments_before_any_work(argument, said, capsys):
     assert said in line
 
 
-def test_step_checks_its_arguments_before_any_work(capsys):
+@pytest.mark.parametrize(
+    ("bench", "argument", "said"),
+    [
+        (
+            step,
+            "--released=nowhere",
+            "--released: found nowhere, without models/MambaMIM.py, expected a checkout",
+        ),
+        (step, "--batch=4,0", "--batch: found 0, expected a whole number, at least 1"),
+        (step, "--warm-up=x", "--warm-up: found x, expected a whole number, at least 0"),
+        (toki, "--threads=-1", "--threads: found -1, expected a whole number, at least 0"),
+        (toki, "--active=217", "--active: found 217, expected at most 216"),
+        (predict, "--volume=9,9", "--volume: found 9,9, expected 3 whole numbers separated by commas"),
+    ],
+)
+def test_benches_check_numbers_and_paths_before_any_work(bench, argument, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.main([argument])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_step_checks_its_arguments_before_any_work(capsys, tmp_path):
     assert step.main(["--dtype=float31"]) == 2
     assert "float31" in capsys.readouterr().err
-    assert step.main(["--released=.", "--config.data.crop=(96,96,64)"]) == 2
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "MambaMIM.py").touch()
+    assert step.main([f"--released={tmp_path}", "--config.data.crop=(96,96,64)"]) == 2
     assert "hymamba with state 16 on a cube" in capsys.readouterr().err
     sizes = step.released_sizes(step.settings([]))
     assert sizes["depths"] == (1, 2, 2, 2, 1)

@@ -16,7 +16,7 @@ from typing import Any
 
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.tables import print_table
-from mambamim_jax.checks import LineParser
+from mambamim_jax.checks import LineParser, whole
 
 HERE = "mambamim_jax.bench.loader"
 
@@ -120,11 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 0, or 2 where a side cannot run."""
     parser = LineParser(prog="bench.py loader", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--source", help="data sets, commas between; phantoms if not given")
-    parser.add_argument("--volumes", type=int, default=0, help="as many of them, spread evenly; 0 for all")
-    parser.add_argument("--crop", type=int, default=96)
-    parser.add_argument("--batches", type=int, default=40, help="batches of 16 crops in a step")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--volumes", type=whole(0), default=0, help="as many of them, spread evenly; 0 for all"
+    )
+    parser.add_argument("--crop", type=whole(1), default=96)
+    parser.add_argument("--batches", type=whole(1), default=40, help="batches of 16 crops in a step")
+    parser.add_argument("--steps", type=whole(1), default=5)
+    parser.add_argument("--threads", type=whole(1), default=2)
     parser.add_argument(
         "--cold", action="store_true", help="also one epoch a step with the page cache emptied before"
     )
@@ -148,9 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}",
             f"{rate / limit[f'copy {kind}, one core']:.2f}",
         ]
-        whole = side.facts.get("cpu", True)
+        complete = side.facts.get("cpu", True)
         row += [
-            f"{1e3 * side.cpu_median / side.value:.2f}" if whole else "",
+            f"{1e3 * side.cpu_median / side.value:.2f}" if complete else "",
             f"{side.peak_bytes / 2**20:.0f}",
         ]
         rows.append(row)

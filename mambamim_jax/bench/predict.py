@@ -19,7 +19,8 @@ import numpy as np
 
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.tables import print_table
-from mambamim_jax.checks import LineParser
+from mambamim_jax.bench.torch_baseline import checkout
+from mambamim_jax.checks import LineParser, whole, whole_numbers
 from mambamim_jax.types import NumpyArray, Size3
 
 HERE = "mambamim_jax.bench.predict"
@@ -228,20 +229,18 @@ def _agreement(ours: NumpyArray, theirs: NumpyArray) -> str:
 def _parser() -> LineParser:
     parser = LineParser(prog="bench.py predict", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--released", metavar="PATH", help="a checkout of the authors' code (needs PyTorch, MONAI)"
+        "--released",
+        type=checkout,
+        metavar="PATH",
+        help="a checkout of the authors' code (needs PyTorch, MONAI)",
     )
     parser.add_argument("--size", choices=sorted(SIZES), default="paper", help="of the network")
-    parser.add_argument("--classes", type=int, default=14)
-    parser.add_argument("--window", type=int, default=96, help="voxels a side")
-    parser.add_argument("--volume", type=_shape, default=(96, 96, 144), metavar="H,W,D")
+    parser.add_argument("--classes", type=whole(1), default=14)
+    parser.add_argument("--window", type=whole(1), default=96, help="voxels a side")
+    parser.add_argument("--volume", type=whole_numbers(1, 3), default=(96, 96, 144), metavar="H,W,D")
     parser.add_argument("--overlap", type=float, default=0.5)
-    parser.add_argument("--batch", type=int, default=1, help="windows computed together")
-    parser.add_argument("--steps", type=int, default=3, help="measured volumes of each side")
-    parser.add_argument("--warm-up", type=int, default=1, help="volumes before, of each side")
-    parser.add_argument("--threads", type=int, default=0, help="cores for each side, 0 for all")
+    parser.add_argument("--batch", type=whole(1), default=1, help="windows computed together")
+    parser.add_argument("--steps", type=whole(1), default=3, help="measured volumes of each side")
+    parser.add_argument("--warm-up", type=whole(0), default=1, help="volumes before, of each side")
+    parser.add_argument("--threads", type=whole(0), default=0, help="cores for each side, 0 for all")
     return parser
-
-
-def _shape(text: str) -> Size3:
-    h, w, d = (int(side) for side in text.split(","))
-    return h, w, d

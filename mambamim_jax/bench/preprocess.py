@@ -14,7 +14,7 @@ from typing import Any
 
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.tables import print_table
-from mambamim_jax.checks import LineParser
+from mambamim_jax.checks import LineParser, whole
 
 
 class ToStore:
@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 0, or 2 where a side cannot run."""
     parser = LineParser(prog="bench.py preprocess", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("images", nargs="*", help="files; a made-up 512×512×140 CT if none are given")
-    parser.add_argument("--slices", type=int, default=140, help="of the made-up CT")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--slices", type=whole(1), default=140, help="of the made-up CT")
+    parser.add_argument("--steps", type=whole(1), default=5)
     parser.add_argument("--monai", action="store_true", help="also MONAI's chain (needs MONAI and PyTorch)")
     options = parser.parse_args(argv)
     rows = []

@@ -18,7 +18,7 @@ from typing import Any
 
 from mambamim_jax.bench.step import settings
 from mambamim_jax.bench.tables import print_table
-from mambamim_jax.checks import ConfigError, LineParser
+from mambamim_jax.checks import ConfigError, LineParser, whole
 from mambamim_jax.settings import CheckpointConfig, PretrainConfig
 
 PRESET = f"{Path(__file__).parents[2] / 'configs' / 'pretrain.py'}:demo"
@@ -71,8 +71,8 @@ class Trainer:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 0, or 2 where the arguments cannot work."""
     parser = LineParser(prog="bench.py saving", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--interval", type=int, default=100, help="steps between two saves")
-    parser.add_argument("--rounds", type=int, default=3, help="intervals of each kind")
+    parser.add_argument("--interval", type=whole(1), default=100, help="steps between two saves")
+    parser.add_argument("--rounds", type=whole(1), default=3, help="intervals of each kind")
     parser.add_argument("--folder", help="where to write; a temporary folder if not given")
     options, overrides = parser.parse_known_args(argv)
     preset = [] if any(a.startswith("--config=") for a in overrides) else [f"--config={PRESET}"]

@@ -22,7 +22,7 @@ from mambamim_jax.bench.collectives import KINDS, Links, Program, by_kind
 from mambamim_jax.bench.profile import matrix_flops
 from mambamim_jax.bench.step import settings
 from mambamim_jax.bench.tables import print_table
-from mambamim_jax.checks import ConfigError, LineParser
+from mambamim_jax.checks import ConfigError, LineParser, whole
 from mambamim_jax.settings import MeshConfig, PretrainConfig
 
 STEPS = 1000  # of the schedule
@@ -259,10 +259,10 @@ def _parser() -> LineParser:
         "--devices", type=_numbers, help="how many in turn; powers of two up to all if not given"
     )
     parser.add_argument("--mesh", type=_mesh, action="append", help="data,fsdp,model[,space]; one may be -1")
-    parser.add_argument("--batch", type=int, default=4, help="crops a device")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each number of devices")
-    parser.add_argument("--steps", type=int, default=1, help="steps of one measurement")
-    parser.add_argument("--fake", type=int, default=0, help="divide the CPU into so many devices")
+    parser.add_argument("--batch", type=whole(1), default=4, help="crops a device")
+    parser.add_argument("--rounds", type=whole(1), default=3, help="measurements of each number of devices")
+    parser.add_argument("--steps", type=whole(1), default=1, help="steps of one measurement")
+    parser.add_argument("--fake", type=whole(0), default=0, help="divide the CPU into so many devices")
     parser.add_argument("--simulate", type=_numbers, help="compile for so many devices instead")
     parser.add_argument(
         "--rate", type=float, default=59.9, help="crops/s of one device alone, for --simulate"

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mambamim_jax.bench.tables import print_table
-from mambamim_jax.checks import LineParser
+from mambamim_jax.checks import LineParser, whole
 from mambamim_jax.ops.selective_scan import api, triton, tuning
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
 
@@ -311,11 +311,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--implementations", type=_names, default=default, help="the first is what ratios refer to"
     )
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--state", type=int, default=16)
+    parser.add_argument("--width", type=whole(1), default=768)
+    parser.add_argument("--state", type=whole(1), default=16)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--iterations", type=int, default=0 if on_gpu else 1)
+    parser.add_argument("--rounds", type=whole(1), default=7)
+    parser.add_argument("--iterations", type=whole(0), default=0 if on_gpu else 1)
     parser.add_argument("--sweep", action="store_true", help="time launch sizes of the GPU kernel instead")
     options = parser.parse_args(argv)
     device = jax.devices()[0].device_kind

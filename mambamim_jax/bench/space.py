@@ -17,7 +17,7 @@ from typing import Any
 
 from mambamim_jax.bench.collectives import KINDS, Links, Program, by_kind
 from mambamim_jax.bench.tables import print_table
-from mambamim_jax.checks import ConfigError, LineParser
+from mambamim_jax.checks import ConfigError, LineParser, whole
 from mambamim_jax.config import parse_command_line
 from mambamim_jax.settings import PHANTOMS, MeshConfig
 from mambamim_jax.settings_finetune import FinetuneConfig
@@ -65,7 +65,7 @@ def compiled(config: FinetuneConfig, crop: int, devices: int, split: str) -> Any
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 0, or 2 where the arguments cannot work."""
     parser = LineParser(prog="bench.py space", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--crop", type=int, default=192, help="side in voxels")
+    parser.add_argument("--crop", type=whole(1), default=192, help="side in voxels")
     parser.add_argument("--devices", type=lambda text: [*map(int, text.split(","))], default=[2, 4])
     options, overrides = parser.parse_known_args(argv)
     import jax

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from mambamim_jax.bench.stages import StageError, Stages
-from mambamim_jax.checks import LineParser
+from mambamim_jax.checks import LineParser, whole
 from mambamim_jax.data.datasets import DatasetError, discover
 from mambamim_jax.data.labels import SPLITS, make_split
 from mambamim_jax.evaluate.metrics import METRICS
@@ -210,20 +210,6 @@ def _cell(values: Sequence[float | None]) -> str:
     return f"{np.mean(known):.3f}" + (f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else "")
 
 
-def _none_or_more(text: str) -> int:
-    number = int(text) if text.isdecimal() else -1
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number, at least 0")
-    return number
-
-
-def _count(text: str) -> int:
-    number = _none_or_more(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number, at least 1")
-    return number
-
-
 def _shares(text: str) -> list[float]:
     try:
         shares = [float(part) for part in text.split(",")]
@@ -245,14 +231,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--pretrain", default="configs/pretrain.py:openkbp_cpu", help="config")
     parser.add_argument("--finetune", default="configs/finetune.py:openkbp_cpu", help="config")
-    parser.add_argument("--seeds", type=_count, default=3)
+    parser.add_argument("--seeds", type=whole(1), default=3)
     parser.add_argument("--shares", type=_shares, default="1.0,0.2", help="of the labels, each in (0, 1]")
     parser.add_argument("--overlap", type=float, default=0.5, help="of windows in prediction")
     parser.add_argument(
-        "--jobs", type=_count, default=1, help="runs at a time, each on its part of the cores"
+        "--jobs", type=whole(1), default=1, help="runs at a time, each on its part of the cores"
     )
     parser.add_argument(
-        "--gpus", type=_none_or_more, default=0, help="over which the runs are spread; 0: each sees all"
+        "--gpus", type=whole(0), default=0, help="over which the runs are spread; 0: each sees all"
     )
     parser.add_argument(
         "--pretrain-flag", action="append", default=[], metavar="KEY=VALUE", help="of its config"

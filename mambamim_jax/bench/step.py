@@ -18,7 +18,8 @@ from typing import Any
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.profile import Cost, costliest, matrix_flops, product_ceiling
 from mambamim_jax.bench.tables import print_table
-from mambamim_jax.checks import ConfigError, LineParser
+from mambamim_jax.bench.torch_baseline import checkout
+from mambamim_jax.checks import ConfigError, LineParser, whole, whole_numbers
 from mambamim_jax.config import parse_command_line
 from mambamim_jax.settings import PHANTOMS, PretrainConfig
 
@@ -169,19 +170,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> LineParser:
     parser = LineParser(prog="bench.py step", description=(__doc__ or "").splitlines()[0])
-    numbers, names = _list_of(int), _list_of(str)
-    parser.add_argument("--released", metavar="PATH", help="a checkout of the authors' code (needs PyTorch)")
-    parser.add_argument("--batch", type=numbers, default=[1], help="crops, several separated by commas")
-    parser.add_argument("--dtype", type=names, default=["float32"], help="float32, bfloat16 or both")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of each side")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps before, of each side")
-    parser.add_argument("--threads", type=int, default=0, help="cores for each side, 0 for all")
-    parser.add_argument("--costliest", type=int, default=5, help="operations to list, 0 for none")
+    parser.add_argument(
+        "--released", type=checkout, metavar="PATH", help="a checkout of the authors' code (needs PyTorch)"
+    )
+    parser.add_argument(
+        "--batch", type=whole_numbers(1), default=(1,), help="crops, several separated by commas"
+    )
+    parser.add_argument(
+        "--dtype", type=lambda text: text.split(","), default=["float32"], help="float32, bfloat16 or both"
+    )
+    parser.add_argument("--steps", type=whole(1), default=3, help="measured steps of each side")
+    parser.add_argument("--warm-up", type=whole(0), default=1, help="steps before, of each side")
+    parser.add_argument("--threads", type=whole(0), default=0, help="cores for each side, 0 for all")
+    parser.add_argument("--costliest", type=whole(0), default=5, help="operations to list, 0 for none")
     return parser
-
-
-def _list_of(kind: type) -> Any:
-    return lambda text: [kind(item) for item in text.split(",")]
 
 
 def _row(side: Side, sides: Sequence[Side], dtype: str, batch: int) -> list[str]:

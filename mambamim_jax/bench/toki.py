@@ -18,7 +18,8 @@ from typing import Any
 
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.tables import print_table
-from mambamim_jax.checks import LineParser
+from mambamim_jax.bench.torch_baseline import checkout
+from mambamim_jax.checks import LineParser, whole
 
 
 def masks(tokens: int, active: int, count: int) -> list[list[bool]]:
@@ -65,15 +66,21 @@ def theirs(
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 0, or 2 where a side cannot run."""
     parser = LineParser(prog="bench.py toki", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--released", metavar="PATH", help="a checkout of the authors' code (needs PyTorch)")
-    parser.add_argument("--side", type=int, default=6, help="patches along each axis (6 at 96 voxels)")
-    parser.add_argument("--channels", type=int, default=384)
-    parser.add_argument("--active", type=int, default=54, help="visible tokens")
-    parser.add_argument("--masks", type=int, default=16, help="how many, and turns of each side")
+    parser.add_argument(
+        "--released", type=checkout, metavar="PATH", help="a checkout of the authors' code (needs PyTorch)"
+    )
+    parser.add_argument("--side", type=whole(1), default=6, help="patches along each axis (6 at 96 voxels)")
+    parser.add_argument("--channels", type=whole(1), default=384)
+    parser.add_argument("--active", type=whole(1), default=54, help="visible tokens")
+    parser.add_argument("--masks", type=whole(1), default=16, help="how many, and turns of each side")
     parser.add_argument("--turn", type=float, default=1.0, help="seconds of a turn, at least; 0: one call")
-    parser.add_argument("--threads", type=int, default=0, help="cores for each side, 0 for all")
+    parser.add_argument("--threads", type=whole(0), default=0, help="cores for each side, 0 for all")
     options = parser.parse_args(argv)
     tokens = options.side**3
+    if options.active > tokens:
+        parser.error(
+            f"--active: found {options.active}, expected at most {tokens}, the tokens of --side={options.side}"
+        )
     active = masks(tokens, options.active, options.masks)
     shared: dict[str, Any] = {"active": active, "channels": options.channels}
     here = "mambamim_jax.bench.toki"

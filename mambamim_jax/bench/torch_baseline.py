@@ -9,6 +9,7 @@ its own fallback runs). PyTorch is imported only when something here is called.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -128,6 +129,19 @@ def _stand_ins() -> dict[str, Any]:
     return {m.__name__: m for m in made} | {"causal_conv1d": None, "mamba_ssm.ops.triton": None}
 
 
+def checkout(text: str) -> str:
+    """The type of a command line's option that takes a checkout of the released code."""
+    if not _is_checkout(Path(text)):
+        raise argparse.ArgumentTypeError(
+            f"found {text}, without models/MambaMIM.py, expected a checkout of FengheTan9/MambaMIM"
+        )
+    return text
+
+
+def _is_checkout(path: Path) -> bool:
+    return (path / "models" / "MambaMIM.py").is_file()
+
+
 @contextlib.contextmanager
 def released_code(path: str | Path) -> Iterator[Callable[[str], Any]]:
     """Yields ``load(name)``, which imports a module of the released code in ``path``; undoes all it injects.
@@ -135,7 +149,7 @@ def released_code(path: str | Path) -> Iterator[Callable[[str], Any]]:
     Raises: BaselineError if PyTorch is missing or ``path`` is no checkout of the released code.
     """
     path = Path(path)
-    if not (path / "models" / "MambaMIM.py").is_file():
+    if not _is_checkout(path):
         raise BaselineError(f"{path}: no models/MambaMIM.py there; give a checkout of FengheTan9/MambaMIM")
     try:
         stand_ins = _stand_ins()
