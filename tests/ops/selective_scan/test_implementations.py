@@ -165,3 +165,14 @@ def test_triton_halves_channels_where_segments_would_be_short(length, halve_belo
     assert triton._inference(launch, 2, length, 64) == (2, channels)
     inputs = random_inputs((2, length, 40, 3))
     assert_close(run(inputs, "pallas_triton"), run(inputs, "reference"), 1e-5, "inference")
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
+def test_triton_with_more_segments_than_are_combined_at_once(reverse, monkeypatch):
+    """Four tokens a segment make 20, so that 19 ends are combined: a loop of 16 and three more."""
+    shape = (1, 78, 8, 4)
+    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH._replace(fill=1600, shortest=4))
+    out, gradients = values_and_gradients(random_inputs(shape), cotangents(shape), "pallas_triton", reverse)
+    want, want_gradients = expected(shape, reverse)
+    assert_close(out, want, 1e-5, "value")
+    assert_close(gradients, want_gradients, 1e-4, "gradient")
