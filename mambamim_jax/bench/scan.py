@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mambamim_jax.bench.mamba_ssm_kernel import mamba_ssm
 from mambamim_jax.bench.tables import print_table
 from mambamim_jax.checks import LineParser, whole
 from mambamim_jax.ops.selective_scan import api, triton, tuning
@@ -109,47 +109,6 @@ def ours(
         return run, alone.memory_analysis().temp_size_in_bytes
 
     return compiled
-
-
-def mamba_ssm(inputs: ScanInputs, mode: str, iterations: int) -> Run:
-    """The same with mamba_ssm's CUDA kernel, its launches captured in one graph.
-
-    Raises: ImportError if PyTorch or the extension is missing.
-    """
-    torch: Any = importlib.import_module("torch")  # first, since it loads what the extension links to
-    kernels: Any = importlib.import_module("selective_scan_cuda")
-
-    def tensor(x: Any, turn: bool = False) -> Any:
-        t = torch.from_numpy(np.array(x, np.float32)).cuda()
-        return t.transpose(1, 2).contiguous() if turn else t
-
-    u, delta, z = (tensor(x, True) for x in (inputs.u, inputs.delta, inputs.z))
-    B, C = (tensor(x, True)[:, None] for x in (inputs.B, inputs.C))
-    A, D, bias = (tensor(x) for x in (inputs.A, inputs.D, inputs.delta_bias))
-
-    def once() -> None:
-        out, x, gated = kernels.fwd(u, delta, A, B, C, D, z, bias, True)
-        if mode != "forward":
-            kernels.bwd(u, delta, A, B, C, D, z, bias, gated, x, out, None, True, False)
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        once()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(iterations):
-            once()
-
-    def run() -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        graph.replay()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) / iterations
-
-    run()
-    return run
 
 
 def _iterations(elements: int) -> int:
