@@ -13,7 +13,9 @@ from jax.typing import DTypeLike
 
 from mambamim_jax.model.mask import Mask
 from mambamim_jax.model.masked_layers import Conv3
+from mambamim_jax.model.packed import masked_conv3
 from mambamim_jax.model.upsample import Upsample2
+from mambamim_jax.ops.batch_norm import batch_norm_relu
 from mambamim_jax.ops.upsample_conv import upsample_conv3
 from mambamim_jax.types import Array
 
@@ -23,11 +25,11 @@ def truncated_normal(key: Array, shape: tuple[int, ...], std: float, bound: floa
     return std * jax.random.truncated_normal(key, -bound / std, bound / std, shape, jnp.float32)
 
 
-class BatchNorm(nnx.Module):
-    """BatchNorm over all axes but the last: eps 1e-5, momentum 0.1 in PyTorch's sense, statistics in float32.
+class BatchNormReLU(nnx.Module):
+    """relu(BatchNorm(x + bias)) over all axes but the last: eps 1e-5, momentum 0.1 in PyTorch's sense.
 
-    In training the running variance takes the unbiased variance of the batch. Under `jax.jit` on a mesh a batch
-    sharded over devices is one batch: its statistics are global.
+    Statistics are in float32. In training the running variance takes the unbiased variance of the batch. Under
+    `jax.jit` on a mesh a batch sharded over devices is one batch: its statistics are global.
     """
 
     def __init__(self, channels: int, *, dtype: DTypeLike = jnp.float32):
@@ -37,25 +39,23 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros((channels,), jnp.float32))
         self.var = nnx.BatchStat(jnp.ones((channels,), jnp.float32))
 
-    def __call__(self, x: Array, train: bool) -> Array:
-        if train:
-            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            axes = tuple(range(x.ndim - 1))
-            mean = jnp.mean(wide, axes)
-            var = jnp.mean(jnp.square(wide - mean), axes)
-            count = math.prod(x.shape[:-1])
-            keep = 1.0 - self.momentum
-            self.mean.set_value(keep * self.mean[...] + self.momentum * lax.stop_gradient(mean))
-            unbiased = lax.stop_gradient(var) * (count / max(count - 1, 1))
-            self.var.set_value(keep * self.var[...] + self.momentum * unbiased)
-        else:
-            mean, var = self.mean[...], self.var[...]
-        slope = self.scale[...] * lax.rsqrt(var + self.eps)
-        return (x * slope + (self.bias[...] - mean * slope)).astype(self.dtype)
+    def __call__(self, x: Array, bias: Array, train: bool) -> Array:
+        """x: (..., c); bias: (c,), that of the convolution before, whose gradient in training is zero."""
+        if not train:
+            slope = self.scale[...] * lax.rsqrt(self.var[...] + self.eps)
+            y = x * slope + (self.bias[...] + (bias - self.mean[...]) * slope)
+            return jax.nn.relu(y).astype(self.dtype)
+        y, mean, var = batch_norm_relu(x, bias, self.scale[...], self.bias[...], self.eps)
+        count = math.prod(x.shape[:-1])
+        keep = 1.0 - self.momentum
+        self.mean.set_value(keep * self.mean[...] + self.momentum * mean)
+        unbiased = var * (count / max(count - 1, 1))
+        self.var.set_value(keep * self.var[...] + self.momentum * unbiased)
+        return y.astype(self.dtype)
 
 
 class DecoderConv3(Conv3):
-    """Dense 3x3x3 convolution with bias on (b, h, w, d, c), weights of deviation 0.02."""
+    """Dense 3x3x3 convolution on (b, h, w, d, c), weights of deviation 0.02; its bias is left to the norm behind it."""
 
     def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         super().__init__(inputs, outputs, dtype=dtype, rngs=rngs)
@@ -63,14 +63,13 @@ class DecoderConv3(Conv3):
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
 
     def __call__(self, x: Array, mask: Mask | None = None) -> Array:
-        return super().__call__(x[:, None], mask)[:, 0]
+        kernel = self.kernel[...].astype(self.dtype)
+        return masked_conv3(x[:, None].astype(self.dtype), kernel, mask)[:, 0]
 
     def after_upsampling(self, x: Array, upsample: Upsample2) -> Array:
         """self(upsample(x)), computed as one operation."""
         assert upsample.bias is not None
-        assert self.bias is not None
-        y = upsample_conv3(x.astype(self.dtype), upsample.kernel[...], upsample.bias[...], self.kernel[...])
-        return y + self.bias[...].astype(self.dtype)
+        return upsample_conv3(x.astype(self.dtype), upsample.kernel[...], upsample.bias[...], self.kernel[...])
 
 
 class ConvPair(nnx.Module):
@@ -78,14 +77,14 @@ class ConvPair(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.conv1 = DecoderConv3(inputs, outputs, dtype=dtype, rngs=rngs)
-        self.norm1 = BatchNorm(outputs, dtype=dtype)
+        self.norm1 = BatchNormReLU(outputs, dtype=dtype)
         self.conv2 = DecoderConv3(outputs, outputs, dtype=dtype, rngs=rngs)
-        self.norm2 = BatchNorm(outputs, dtype=dtype)
+        self.norm2 = BatchNormReLU(outputs, dtype=dtype)
 
     def __call__(self, x: Array, train: bool, upsample: Upsample2 | None = None) -> Array:
         y = self.conv1(x) if upsample is None else self.conv1.after_upsampling(x, upsample)
-        x = jax.nn.relu(self.norm1(y, train))
-        return jax.nn.relu(self.norm2(self.conv2(x), train))
+        x = self.norm1(y, self.conv1.bias[...], train)
+        return self.norm2(self.conv2(x), self.conv2.bias[...], train)
 
 
 class ReconstructionDecoder(nnx.Module):

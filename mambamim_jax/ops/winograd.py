@@ -136,7 +136,7 @@ def _divisors(total: int) -> list[int]:
 
 def largest_divisor(total: int, limit: float) -> int:
     """The largest divisor of total that is at most limit, at least 1."""
-    return max((n for n in _divisors(total) if n <= limit), default=1)
+    return next((n for n in range(int(min(limit, total)), 1, -1) if total % n == 0), 1)
 
 
 def _combine(matrix: np.ndarray, parts: Sequence[Array]) -> list[Array]:

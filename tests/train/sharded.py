@@ -28,7 +28,7 @@ from flax import nnx
 from mambamim_jax.bench.collectives import Program
 from mambamim_jax.bench.scaling import Compilations
 from mambamim_jax.bench.step import settings
-from mambamim_jax.model.decoder import BatchNorm, DecoderConv3
+from mambamim_jax.model.decoder import BatchNormReLU, DecoderConv3
 from mambamim_jax.model.mamba import MambaLayer
 from mambamim_jax.model.mask import draw_mask
 from mambamim_jax.model.masked_layers import MedNeXtBlock, Pointwise
@@ -57,14 +57,14 @@ class Mini(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         dtype = DTYPE
         self.conv = DecoderConv3(1, 8, dtype=dtype, rngs=rngs)
-        self.norm = BatchNorm(8, dtype=dtype)
+        self.norm = BatchNormReLU(8, dtype=dtype)
         self.block = MedNeXtBlock(8, 2, dtype=dtype, rngs=rngs)
         self.layer = MambaLayer(64, state=4, dtype=dtype, rngs=rngs)
         self.upsample = Upsample2(8, 8, dtype=dtype, rngs=rngs)
         self.classify = Pointwise(8, 1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, mask):
-        x = jax.nn.relu(self.norm(self.conv(x), True))
+        x = self.norm(self.conv(x), self.conv.bias[...], True)
         packed = self.block(pack(x, mask), mask)
         b, k, *rest = packed.shape
         packed = self.layer(packed.reshape(b, k, -1)).reshape(b, k, *rest)
