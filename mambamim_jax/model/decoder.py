@@ -69,7 +69,9 @@ class DecoderConv3(Conv3):
     def after_upsampling(self, x: Array, upsample: Upsample2) -> Array:
         """self(upsample(x)), computed as one operation."""
         assert upsample.bias is not None
-        return upsample_conv3(x.astype(self.dtype), upsample.kernel[...], upsample.bias[...], self.kernel[...])
+        return upsample_conv3(
+            x.astype(self.dtype), upsample.kernel[...], upsample.bias[...], self.kernel[...]
+        )
 
 
 class ConvPair(nnx.Module):
@@ -83,6 +85,8 @@ class ConvPair(nnx.Module):
 
     def __call__(self, x: Array, train: bool, upsample: Upsample2 | None = None) -> Array:
         y = self.conv1(x) if upsample is None else self.conv1.after_upsampling(x, upsample)
+        assert self.conv1.bias is not None
+        assert self.conv2.bias is not None
         x = self.norm1(y, self.conv1.bias[...], train)
         return self.norm2(self.conv2(x), self.conv2.bias[...], train)
 

@@ -86,7 +86,9 @@ def _widen(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _by_slabs(on_cpu: Callable[..., tuple[Array, ...]], whole: Callable[..., tuple[Array, ...]], *maps: Array):
+def _by_slabs(
+    on_cpu: Callable[..., tuple[Array, ...]], whole: Callable[..., tuple[Array, ...]], *maps: Array
+):
     """The one where it runs on a CPU that holds the maps alone, else the other."""
     if partition.ambient():
         return whole(*maps)

@@ -173,16 +173,17 @@ def _walk(f: ScanInputs, launch: Launch, save: bool, warps: int, reverse: bool) 
     Raises: ValueError for channels or a chunk that no kernel takes.
     """
     b, length, e = f.u.shape
-    chunk, channels = (launch.chunk, launch.channels) if save else _inference(launch, b, length, e)
+    chunk, channels, fill = launch.chunk, launch.channels, launch.fill
+    if not save:
+        chunk, channels, fill = _inference(launch, b, length, e)
     if channels not in (1, 2, 4):
         raise ValueError(f"found {channels} channels a quad, expected 1, 2 or 4")
     if chunk < 1 or chunk % (QUAD // channels):
         raise ValueError(
             f"found a chunk of {chunk} tokens, expected a multiple of {QUAD // channels} at {channels} channels a quad"
         )
-    chunks, warp = -(-length // chunk), LANES // QUAD * channels
-    wanted = min(launch.fill * warp // (b * e), length // launch.shortest)
-    per_segment = -(-chunks // max(wanted, 1))
+    chunks = -(-length // chunk)
+    per_segment = -(-chunks // _segments(launch, fill, b * e, channels, length))
     if save:
         per_segment = -(-per_segment // STRIDE) * STRIDE
     walk = Walk(
@@ -199,18 +200,29 @@ def _walk(f: ScanInputs, launch: Launch, save: bool, warps: int, reverse: bool) 
     return walk, -(-chunks // per_segment)
 
 
-def _inference(launch: Launch, b: int, length: int, e: int) -> tuple[int, int]:
-    """Chunk and channels; half the channels where a card that is far from filled would be by short segments.
+def _segments(launch: Launch, fill: int, sequences: int, channels: int, length: int) -> int:
+    """How many segments fill the card with warps, twice as many where they would be long and warps few."""
+    warps = max(sequences * QUAD // (LANES * channels), 1)
+    segments = max(min(fill // warps, length // launch.shortest), 1)
+    return 2 * segments if 2 * warps <= fill and length // segments >= launch.long else segments
+
+
+def _inference(launch: Launch, b: int, length: int, e: int) -> tuple[int, int, int]:
+    """Chunk, channels and fill; half the channels where a card that is far from filled would be by short segments.
 
     That makes twice the warps, so that half as many segments are enough.
     """
     chunk, channels = launch.inference_chunk, launch.inference_channels
-    warps = max(b * e * QUAD // (LANES * channels), 1)
-    segments = max(min(launch.fill // warps, length // launch.shortest), 1)
-    short = 2 * warps < launch.fill and length // segments < launch.halve_below
-    return chunk, channels // 2 if short and channels > 1 and chunk % (
-        2 * QUAD // channels
-    ) == 0 else channels
+    segments = _segments(launch, launch.fill, b * e, channels, length)
+    few = b * e * QUAD * 2 < launch.fill * LANES * channels
+    if (
+        few
+        and length // segments < launch.halve_below
+        and channels > 1
+        and chunk * channels % (2 * QUAD) == 0
+    ):
+        return chunk, channels // 2, launch.halved_fill
+    return chunk, channels, launch.fill
 
 
 def _programs(f: ScanInputs, walk: Walk) -> int:

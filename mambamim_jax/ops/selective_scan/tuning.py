@@ -23,12 +23,14 @@ class Launch(NamedTuple):
     fill: int  # warps that fill the card; where a launch has fewer, the length is split into segments
     shortest: int  # tokens below which a segment is not split further
     halve_below: int  # tokens of a segment below which inference halves its channels, where warps are few
+    halved_fill: int  # warps that fill the card then
+    long: int  # tokens of a segment from which there are twice as many, where warps are few
 
 
 # The row of (8, 0) is that of (9, 0) with its own fill, not measured.
 TUNED = {
-    (8, 0): Launch(8, 4, 4, 2, 1, 2, 108 * 12, 48, 128),
-    (9, 0): Launch(8, 4, 4, 2, 1, 2, 132 * 12, 48, 128),
+    (8, 0): Launch(8, 4, 4, 2, 1, 2, 108 * 12, 48, 128, 108 * 8, 1024),
+    (9, 0): Launch(8, 4, 4, 2, 1, 2, 132 * 12, 48, 128, 132 * 8, 1024),
 }
 
 

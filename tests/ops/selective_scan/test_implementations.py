@@ -30,7 +30,7 @@ CASES = [
     (shape, reverse) for shape in shapes.SCAN for reverse in (False, True) if not reverse or shape[3] < 16
 ]
 # Two tokens a chunk keep the interpreted programs small; segments of eight tokens, so that lengths are split.
-LAUNCH = tuning.Launch(2, 4, 2, 2, warps=1, backward_warps=2, fill=16, shortest=8, halve_below=0)
+LAUNCH = tuning.Launch(2, 4, 2, 2, 1, 2, fill=16, shortest=8, halve_below=0, halved_fill=16, long=10**6)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
@@ -162,7 +162,19 @@ def test_triton_halves_channels_where_segments_would_be_short(length, halve_belo
     """At four channels two samples make four warps, so that 16 are filled by four segments: 17 or 75 tokens each."""
     launch = LAUNCH._replace(halve_below=halve_below)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
-    assert triton._inference(launch, 2, length, 64) == (2, channels)
+    assert triton._inference(launch, 2, length, 64)[:2] == (2, channels)
+    inputs = random_inputs((2, length, 40, 3))
+    assert_close(run(inputs, "pallas_triton"), run(inputs, "reference"), 1e-5, "inference")
+
+
+@pytest.mark.parametrize(
+    ("length", "fill", "segments"), [(79, 16, 4), (80, 16, 8), (400, 7, 1), (31, 64, 3)], ids=str
+)
+def test_triton_cuts_long_segments_in_two(length, fill, segments, monkeypatch):
+    """Four warps, segments of eight tokens at least and cut from 20 on, if twice the warps fit."""
+    launch = LAUNCH._replace(fill=fill, long=20)
+    monkeypatch.setattr(triton, "_default_launch", lambda: launch)
+    assert triton._segments(launch, fill, 128, 4, length) == segments
     inputs = random_inputs((2, length, 40, 3))
     assert_close(run(inputs, "pallas_triton"), run(inputs, "reference"), 1e-5, "inference")
 
