@@ -200,9 +200,14 @@ def _walk(f: ScanInputs, launch: Launch, save: bool, warps: int, reverse: bool) 
     return walk, -(-chunks // per_segment)
 
 
+def _warps(sequences: int, channels: int) -> int:
+    """Warps of one segment of so many sequences, a channel of a sample each."""
+    return max(sequences * QUAD // (LANES * channels), 1)
+
+
 def _segments(launch: Launch, fill: int, sequences: int, channels: int, length: int) -> int:
     """How many segments fill the card with warps, twice as many where they would be long and warps few."""
-    warps = max(sequences * QUAD // (LANES * channels), 1)
+    warps = _warps(sequences, channels)
     segments = max(min(fill // warps, length // launch.shortest), 1)
     return 2 * segments if 2 * warps <= fill and length // segments >= launch.long else segments
 
@@ -214,13 +219,8 @@ def _inference(launch: Launch, b: int, length: int, e: int) -> tuple[int, int, i
     """
     chunk, channels = launch.inference_chunk, launch.inference_channels
     segments = _segments(launch, launch.fill, b * e, channels, length)
-    few = b * e * QUAD * 2 < launch.fill * LANES * channels
-    if (
-        few
-        and length // segments < launch.halve_below
-        and channels > 1
-        and chunk * channels % (2 * QUAD) == 0
-    ):
+    short = 2 * _warps(b * e, channels) < launch.fill and length // segments < launch.halve_below
+    if short and channels > 1 and chunk * channels % (2 * QUAD) == 0:
         return chunk, channels // 2, launch.halved_fill
     return chunk, channels, launch.fill
 
