@@ -230,9 +230,7 @@ def sweep_launches(base: tuning.Launch, channels: int, mode: str) -> list[tuning
     if quads // 8 < base.fill // 2:
         halves = (0, base.halve_below) if inference else (base.halve_below,)
         return [
-            base._replace(
-                fill=int(base.fill * scale), halved_fill=int(base.halved_fill * scale), halve_below=tokens
-            )
+            base._replace(fill=int(base.fill * scale), few=int(base.few * scale), halve_below=tokens)
             for scale in (0.5, 1, 2)
             for tokens in halves
         ]

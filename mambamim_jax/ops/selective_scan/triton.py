@@ -186,6 +186,7 @@ def _walk(f: ScanInputs, launch: Launch, save: bool, warps: int, reverse: bool) 
     per_segment = -(-chunks // _segments(launch, fill, b * e, channels, length))
     if save:
         per_segment = -(-per_segment // STRIDE) * STRIDE
+    segments = -(-chunks // per_segment)
     walk = Walk(
         samples=b,
         length=length,
@@ -195,9 +196,10 @@ def _walk(f: ScanInputs, launch: Launch, save: bool, warps: int, reverse: bool) 
         per_segment=per_segment,
         reverse=reverse,
         skip=0,
+        adjacent=not save and _warps(b * e, channels) * segments <= launch.few,
         interpret=_interpret,
     )
-    return walk, -(-chunks // per_segment)
+    return walk, segments
 
 
 def _warps(sequences: int, channels: int) -> int:
@@ -213,16 +215,16 @@ def _segments(launch: Launch, fill: int, sequences: int, channels: int, length: 
 
 
 def _inference(launch: Launch, b: int, length: int, e: int) -> tuple[int, int, int]:
-    """Chunk, channels and fill; half the channels where a card that is far from filled would be by short segments.
+    """Chunk, channels and fill; channels are halved while a card that is far from filled would be by short segments.
 
     That makes twice the warps, so that half as many segments are enough.
     """
-    chunk, channels = launch.inference_chunk, launch.inference_channels
-    segments = _segments(launch, launch.fill, b * e, channels, length)
-    short = 2 * _warps(b * e, channels) < launch.fill and length // segments < launch.halve_below
-    if short and channels > 1 and chunk * channels % (2 * QUAD) == 0:
-        return chunk, channels // 2, launch.halved_fill
-    return chunk, channels, launch.fill
+    chunk, channels, fill = launch.inference_chunk, launch.inference_channels, launch.fill
+    while channels > 1 and chunk * channels % (2 * QUAD) == 0 and 2 * _warps(b * e, channels) <= launch.few:
+        if length // _segments(launch, fill, b * e, channels, length) >= launch.halve_below:
+            break
+        channels, fill = channels // 2, launch.few
+    return chunk, channels, fill
 
 
 def _programs(f: ScanInputs, walk: Walk) -> int:

@@ -63,7 +63,10 @@ class Chunk:
         return jnp.broadcast_to(self.time(i) < walk.length, (walk.block,)) if self.tail else None
 
     def read(self, names: tuple[str, ...]) -> Data:
-        """Reads the named arrays, of those that were given: a vector a group, or of B and C one a token and set."""
+        """Reads the named arrays, of those that were given: a vector a group.
+
+        Of B and C a token has a vector a set, or where states are adjacent one a state of a lane.
+        """
         p, data = self.program, Data()
         for name in names:
             if name in ("B", "C"):
@@ -77,11 +80,25 @@ class Chunk:
         return pltriton.load(spot, mask=inside, other=None if inside is None else 0.0)
 
     def _shared(self, name: str, i: int) -> Vectors:
+        if self.program.walk.adjacent:
+            return self._fours(name, i)
         p, mask = self.program, self.inside(i)
         n = len(p.states) * QUAD
         first, other = self.at(0) * n + p.lane % SET, None if mask is None else 0.0
         spots = [p.spot(name, first, self.steps(i) * n + s) for s in range(0, n, SET)]
         return [pltriton.load(spot, mask=mask, other=other) for spot in spots]
+
+    def _fours(self, name: str, i: int) -> Vectors:
+        p, mask = self.program, self.inside(i)
+        sets = len(p.states) // QUAD
+        if mask is not None:
+            mask = jnp.broadcast_to(mask[:, None], (p.walk.block, QUAD))
+        first, other = self.at(0) * sets, None if mask is None else 0.0
+        fours = [
+            pltriton.load(p.four(name, first, (self.steps(i) * sets + s) * SET), mask=mask, other=other)
+            for s in range(sets)
+        ]
+        return [x.reshape(-1) for four in fours for x in jnp.split(four, QUAD, axis=1)]
 
     def put_sums(self, sums: WarpSums, i: int, dB: Vectors, dC: Vectors) -> list[Array]:
         """Token i's gradients of B and C, sums after `over_quads`, a row of ``sums`` for each set."""
@@ -133,6 +150,8 @@ class Group:
     def shared(self, name: str, turn: int) -> Vectors:
         """A token's values of an array (b, l, n), for each of a lane's states."""
         sets = [x.astype(jnp.float32) for x in self.data[name][self.first + turn]]
+        if self.program.walk.adjacent:
+            return sets
         return [self.math.exchange(x, QUAD * i) for x in sets for i in range(QUAD)]
 
     def spread(self, value: Array, turn: int) -> Vectors:

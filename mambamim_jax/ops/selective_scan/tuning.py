@@ -23,7 +23,7 @@ class Launch(NamedTuple):
     fill: int  # warps that fill the card; where a launch has fewer, the length is split into segments
     shortest: int  # tokens below which a segment is not split further
     halve_below: int  # tokens of a segment below which inference halves its channels, where warps are few
-    halved_fill: int  # warps that fill the card then
+    few: int  # warps that fill the card then; with so many each may take registers for reading B and C in fours
     long: int  # tokens of a segment from which there are twice as many, where warps are few
 
 

@@ -30,7 +30,7 @@ CASES = [
     (shape, reverse) for shape in shapes.SCAN for reverse in (False, True) if not reverse or shape[3] < 16
 ]
 # Two tokens a chunk keep the interpreted programs small; segments of eight tokens, so that lengths are split.
-LAUNCH = tuning.Launch(2, 4, 2, 2, 1, 2, fill=16, shortest=8, halve_below=0, halved_fill=16, long=10**6)
+LAUNCH = tuning.Launch(2, 4, 2, 2, 1, 2, fill=16, shortest=8, halve_below=0, few=16, long=10**6)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
@@ -139,6 +139,18 @@ def test_triton_with_any_channels_of_a_quad(channels, monkeypatch):
     assert_close(run(inputs, "pallas_triton"), want, 1e-5, "inference")
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
+@pytest.mark.parametrize("n", [3, 20])
+@pytest.mark.parametrize("few", [0, 16])
+def test_triton_reads_rows_in_fours_where_warps_are_few(few, n, reverse, monkeypatch):
+    """Inference with a warp or two and one or two sets of states."""
+    shape = (*SMALL[:3], n)
+    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH._replace(few=few))
+    inputs = random_inputs(shape)
+    y = selective_scan(*inputs[:8], initial_state=inputs[8], reverse=reverse, implementation="pallas_triton")
+    assert_close(y, expected(shape, reverse)[0][0], 1e-5, "inference")
+
+
 @pytest.mark.parametrize(("warps", "n"), [(1, 20), (4, 3), (4, 20)])
 def test_triton_with_any_warps_of_a_program(warps, n, monkeypatch):
     """Rows of dB and dC for two tokens and one or two sets of states: more, as many and fewer than warps."""
@@ -157,12 +169,17 @@ def test_triton_with_arrays_too_large_to_be_flat(reverse, monkeypatch):
     assert_close(gradients, want_gradients, 1e-4, "gradient")
 
 
-@pytest.mark.parametrize(("length", "halve_below", "channels"), [(70, 18, 2), (70, 17, 4), (300, 18, 4)])
-def test_triton_halves_channels_where_segments_would_be_short(length, halve_below, channels, monkeypatch):
+@pytest.mark.parametrize(
+    ("length", "halve_below", "few", "channels"),
+    [(70, 18, 8, 2), (70, 18, 16, 2), (70, 36, 16, 1), (70, 17, 16, 4), (300, 18, 16, 4), (70, 18, 7, 4)],
+)
+def test_triton_halves_channels_where_segments_would_be_short(
+    length, halve_below, few, channels, monkeypatch
+):
     """At four channels two samples make four warps, so that 16 are filled by four segments: 17 or 75 tokens each."""
-    launch = LAUNCH._replace(halve_below=halve_below)
+    launch = LAUNCH._replace(halve_below=halve_below, few=few, inference_chunk=4)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
-    assert triton._inference(launch, 2, length, 64)[:2] == (2, channels)
+    assert triton._inference(launch, 2, length, 64)[:2] == (4, channels)
     inputs = random_inputs((2, length, 40, 3))
     assert_close(run(inputs, "pallas_triton"), run(inputs, "reference"), 1e-5, "inference")
 
