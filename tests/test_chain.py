@@ -41,13 +41,11 @@ def labels_of(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def compiled_quickly():
-    """Without XLA's optimisations, which take minutes here; the launch scripts also set where compiled code is kept."""
-    settings = ("jax_disable_most_optimizations", "jax_compilation_cache_dir")
-    before = {name: jax.config.values[name] for name in settings}
-    jax.config.update(settings[0], True)
+    """Without XLA's optimisations, which take minutes here."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.mark.slow

@@ -74,7 +74,6 @@ def stopped_at(workdir, config, processes, devices, step, number):
 @pytest.mark.slow
 def test_other_numbers_of_processes_and_devices_go_on_with_the_same_losses(tmp_path):
     """Four processes, two, one, eight devices, two processes: as one process that never stopped."""
-    os.environ["WORKER_CACHE"] = str(tmp_path / "cache")
     config = {"steps": 40, "every": 7}
     assert cluster.end(cluster.start(tmp_path / "one", config)) == [0]
     expected = cluster.losses(tmp_path / "one", 40)

@@ -7,12 +7,10 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import nibabel
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from scipy import ndimage
 
 from mambamim_jax.evaluate import predict as prediction
@@ -22,17 +20,6 @@ from tests.tiny_model import describe, random_params
 
 SIZES = {"crop": (16, 16, 16), "spacing": (6.0, 6.0, 6.0)}
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The same small network is compiled by many calls of the launch script."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def slurm(tmp_path_factory):
         if done.returncode:
             pytest.skip(f"SLURM does not start here: {done.stderr.strip()[-300:]}")
         environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "JAX_PLATFORMS": "cpu"}
-        environment |= {"PYTHONPATH": str(cluster.ROOT), "WORKER_CACHE": str(folder / "cache")}
+        environment |= {"PYTHONPATH": str(cluster.ROOT)}
         yield environment | {"COMMAND": f"{sys.executable} -m tests.train.worker"}
     finally:
         subprocess.run([SETUP, folder, "stop"], check=False)

@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import nibabel
 import numpy as np
 import pytest
@@ -68,11 +67,9 @@ class Killed(Exception):
 @pytest.fixture(scope="module")
 def whole(finetune, phantoms, tmp_path_factory):
     """A run, and the same one killed after its last step, before that is saved, and continued."""
-    before = jax.config.jax_compilation_cache_dir
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     assert finetune(arguments(workdir, phantoms)) == 0
     killed, measure = workdir.with_name("killed"), HeldOut.measure
-    shutil.copytree(workdir / "compilation_cache", killed / "compilation_cache")
 
     def die(self, step, state, earlier):
         if step == 4:
@@ -85,8 +82,7 @@ def whole(finetune, phantoms, tmp_path_factory):
             finetune(arguments(killed, phantoms))
     assert [path.name for path in (killed / "checkpoints").iterdir()] == ["2"]
     assert finetune(arguments(killed, phantoms)) == 0
-    yield workdir, killed
-    jax.config.update("jax_compilation_cache_dir", before)
+    return workdir, killed
 
 
 def test_everything_is_left_in_the_workdir(whole):

@@ -5,7 +5,6 @@ python -m tests.train.worker WORKDIR steps=40 every=5 mesh.fsdp=2 distributed.pr
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import replace
@@ -91,8 +90,6 @@ def work(workdir: Path, config: RunConfig, pause: float) -> int:
 def main(workdir: str, *arguments: str) -> int:
     given = dict(argument.split("=", 1) for argument in arguments)
     config = settings(given)
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("WORKER_CACHE", f"{workdir}/cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     signals.end_at_once()
     try:
         processes.start(config.distributed)
