@@ -29,8 +29,6 @@ CONFIG = {
     "data.phantoms": 3,
     "model.encoder": "vision_mamba",
     "model.vision_mamba.channels": (2, 2, 4, 4, 6),
-    "model.vision_mamba.mamba_depth": 4,
-    "model.vision_mamba.feature_depths": (1, 2, 3, 4),
     "model.vision_mamba.state": 2,
     "model.decoder_width": 16,
     "checkpoint.every": 2,
