@@ -42,7 +42,7 @@ def labels_of(folder: Path) -> dict[str, np.ndarray]:
 @pytest.fixture
 def compiled_quickly():
     """Without XLA's optimisations, which take minutes here."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
