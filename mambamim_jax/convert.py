@@ -22,6 +22,7 @@ from flax import nnx
 
 from mambamim_jax.model.encoder import HyMamba
 from mambamim_jax.model.mim import MaskedImageModel
+from mambamim_jax.model.rngs import Rngs
 from mambamim_jax.model.segmenter import Segmenter
 from mambamim_jax.official_names import Row, initial_value, rows
 from mambamim_jax.official_sizes import ConversionError, Sizes, sizes_of_official, sizes_of_ours, with_config
@@ -220,7 +221,7 @@ def abstract_trees(sizes: Sizes) -> tuple[Tree, Tree]:
     """Parameters and batch statistics of our network at these sizes, as shapes and dtypes only."""
 
     def build() -> nnx.Module:
-        rngs = nnx.Rngs(0)
+        rngs = Rngs(0)
         encoder = HyMamba(
             in_channels=sizes.in_channels,
             channels=sizes.channels,

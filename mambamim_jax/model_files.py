@@ -25,6 +25,7 @@ from mambamim_jax.checks import ConfigError
 from mambamim_jax.model.encoder import ENCODERS
 from mambamim_jax.model.mask import Mask
 from mambamim_jax.model.mim import MaskedImageModel
+from mambamim_jax.model.rngs import Rngs
 from mambamim_jax.model.segmenter import Segmenter
 from mambamim_jax.settings_model import ModelConfig
 from mambamim_jax.train.build import build_encoder
@@ -211,7 +212,7 @@ def build_network(description: Mapping[str, Any], rngs: nnx.Rngs) -> Any:
 
 def abstract_network(description: Mapping[str, Any]) -> Any:
     """The network that a description means, shapes and dtypes only."""
-    return nnx.eval_shape(lambda: build_network(description, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: build_network(description, Rngs(0)))
 
 
 def flat(tree: Tree) -> dict[str, NumpyArray]:

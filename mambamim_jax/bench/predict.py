@@ -59,6 +59,7 @@ class Ours:
         from mambamim_jax.convert import from_official
         from mambamim_jax.evaluate.sliding_window import SlidingWindow
         from mambamim_jax.model.encoder import HyMamba
+        from mambamim_jax.model.rngs import Rngs
         from mambamim_jax.model.segmenter import Segmenter
         from mambamim_jax.official_sizes import sizes_of_official
         from mambamim_jax.weight_files import read_arrays
@@ -67,7 +68,7 @@ class Ours:
         sizes, self.params = sizes_of_official(arrays), from_official(arrays).params
 
         def build() -> Segmenter:
-            rngs = nnx.Rngs(0)
+            rngs = Rngs(0)
             names = ("channels", "depths", "expansion", "mamba_depth")
             encoder = HyMamba(**{name: getattr(sizes, name) for name in names}, rngs=rngs)
             return Segmenter(encoder, classes=sizes.classes, head_width=sizes.channels[0], rngs=rngs)

@@ -33,6 +33,7 @@ def compiled(config: FinetuneConfig, crop: int, devices: int, split: str) -> Any
     import jax.numpy as jnp
     from flax import nnx
 
+    from mambamim_jax.model.rngs import Rngs
     from mambamim_jax.train.build import build_segmenter, to_dicts
     from mambamim_jax.train.finetune import graph_of
     from mambamim_jax.train.losses import segmentation_loss, targets_of
@@ -43,7 +44,7 @@ def compiled(config: FinetuneConfig, crop: int, devices: int, split: str) -> Any
     graph, batch = graph_of(build), devices if split == "rows" else 1
     mesh = MeshConfig(**{"data": 1, AXIS[split]: devices})
     placement = make_placement(mesh, batch, jax.devices()[:devices])
-    params, _ = jax.eval_shape(lambda: to_dicts(build(nnx.Rngs(0))))
+    params, _ = jax.eval_shape(lambda: to_dicts(build(Rngs(0))))
     divided = placement.shardings(params)
     place = placement.of_batch(5)
 

@@ -17,6 +17,7 @@ from mambamim_jax import visualise
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.data.labels import LabelTable
 from mambamim_jax.evaluate.labels import probabilities
+from mambamim_jax.model.rngs import Rngs
 from mambamim_jax.model.segmenter import Segmenter
 from mambamim_jax.settings_finetune import FinetuneConfig
 from mambamim_jax.settings_model import EncoderConfig
@@ -73,7 +74,7 @@ def start(config: FinetuneConfig, table: LabelTable, terminal: Terminal) -> dict
 
     Raises: ConfigError if they don't fit, or if what is to stay frozen isn't there.
     """
-    build = lambda: build_segmenter(config.model, table.classes, nnx.Rngs(0), len(table.channels))  # noqa: E731
+    build = lambda: build_segmenter(config.model, table.classes, Rngs(0), len(table.channels))  # noqa: E731
     shapes = {name: leaf.shape for name, leaf in paths(to_dicts(nnx.eval_shape(build))[0]).items()}
     for prefix in config.freeze:
         if not any(under(name, (prefix,)) for name in shapes):
@@ -98,7 +99,7 @@ def segment_task(
     graph, plain = (graph_of(partial(build, deep=deep)) for deep in (None, False))
 
     def init(key: Array) -> tuple[Tree, Tree]:
-        return to_dicts(build(nnx.Rngs(key)))
+        return to_dicts(build(Rngs(key)))
 
     def loss(params: Tree, stats: Tree, batch: Batch, key: Array) -> tuple[Array, Tree]:
         target = targets_of(batch["label"], table.classes, regions)
@@ -138,7 +139,7 @@ def segment_task(
 
 def graph_of(build: Callable[[nnx.Rngs], Segmenter]) -> nnx.GraphDef:
     """The network without its parameters."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: build(Rngs(0))), nnx.Param)
     return graph
 
 

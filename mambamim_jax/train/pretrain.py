@@ -13,6 +13,7 @@ from mambamim_jax.data import phantom, store
 from mambamim_jax.data.loader import PretrainLoader
 from mambamim_jax.model.mask import draw_mask, patchify, unpatchify
 from mambamim_jax.model.mim import MaskedImageModel
+from mambamim_jax.model.rngs import Rngs
 from mambamim_jax.settings import PHANTOMS, STRIDE, PretrainConfig
 from mambamim_jax.settings_model import ModelConfig
 from mambamim_jax.train.build import batch_stats, build_mim, to_dicts
@@ -93,11 +94,11 @@ def mim_task(config: PretrainConfig) -> Task:
     model = config.model
     h, w, d = config.data.crop
     grid = (h // STRIDE, w // STRIDE, d // STRIDE)
-    abstract = nnx.eval_shape(lambda: build_mim(model, nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: build_mim(model, Rngs(0)))
     graph, *_ = nnx.split(abstract, nnx.Param, nnx.BatchStat)
 
     def init(key: Array) -> tuple[Tree, Tree]:
-        return to_dicts(build_mim(model, nnx.Rngs(key)))
+        return to_dicts(build_mim(model, Rngs(key)))
 
     def prepare(batch: Batch, key: Array) -> Batch:
         image = window(batch["image"], config.data.window)

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mambamim_jax.model.encoder import HyMamba
+from mambamim_jax.model.rngs import Rngs
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -36,7 +37,7 @@ def encoder_of(config: dict, dtype: DTypeLike = jnp.float32) -> HyMamba:
         expansion=config["expansion"][1:],
         mamba_depth=config["mamba_depth"],
         dtype=dtype,
-        rngs=nnx.Rngs(0),
+        rngs=Rngs(0),
     )
 
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from mambamim_jax.convert import from_official, to_official
 from mambamim_jax.model.mask import Mask, draw_mask
 from mambamim_jax.model.mim import MaskedImageModel
+from mambamim_jax.model.rngs import Rngs
 from mambamim_jax.model.segmenter import Segmenter
 from mambamim_jax.train.losses import reconstruction_loss
 
@@ -32,7 +33,7 @@ def build_mim(config: dict, filler: str, dtype: DTypeLike = jnp.float32):
         filler=filler,
         decoder_width=config["decoder_width"],
         dtype=dtype,
-        rngs=nnx.Rngs(0),
+        rngs=Rngs(0),
     )
 
 
@@ -112,7 +113,7 @@ def test_gradients_in_double(name):
         image, encoder = double(last(arrays["input"])), lambda: encoder_of(config, jnp.float64)
         if name == "segment":
             ours = lambda: Segmenter(  # noqa: E731
-                encoder(), classes=config["classes"], dtype=jnp.float64, rngs=nnx.Rngs(0)
+                encoder(), classes=config["classes"], dtype=jnp.float64, rngs=Rngs(0)
             )
             cotangent = double(last(arrays["cotangent"]))
             value = lambda network: jnp.mean(network(image) * cotangent)  # noqa: E731
@@ -136,7 +137,7 @@ def test_gradients_in_double(name):
 def test_segmentation():
     arrays, config = read("segment")
     weights = from_official(part(arrays, "weight."), config)
-    merge = functional(lambda: Segmenter(encoder_of(config), classes=config["classes"], rngs=nnx.Rngs(0)))
+    merge = functional(lambda: Segmenter(encoder_of(config), classes=config["classes"], rngs=Rngs(0)))
     run = jax.jit(lambda params: merge(params)(last(arrays["input"])))
     error = np.abs(np.asarray(run(weights.params)) - last(arrays["logits"])) / np.abs(arrays["logits"]).max()
     # The last LayerNorm is over three channels, so some voxels are ill-conditioned: in float64 our network differs

@@ -11,6 +11,7 @@ from flax import nnx
 from mambamim_jax.model.encoder import ENCODERS
 from mambamim_jax.model.mask import draw_mask, patch_grid
 from mambamim_jax.model.mim import MaskedImageModel
+from mambamim_jax.model.rngs import Rngs
 from mambamim_jax.model.segmenter import Segmenter
 from mambamim_jax.model.vision_mamba import VisionMamba
 
@@ -24,8 +25,8 @@ CROP, GRID = (48, 32, 32), (3, 2, 2)
 
 
 def build(name):
-    encoder = ENCODERS[name](**SMALL[name], rngs=nnx.Rngs(0))
-    return MaskedImageModel(encoder, decoder_width=48, rngs=nnx.Rngs(1))
+    encoder = ENCODERS[name](**SMALL[name], rngs=Rngs(0))
+    return MaskedImageModel(encoder, decoder_width=48, rngs=Rngs(1))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -58,7 +59,7 @@ def test_hidden_voxels_reach_nothing(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_a_segmenter_over_any_encoder(name):
     shape = (1, *CROP, 1)
-    module = lambda: Segmenter(ENCODERS[name](**SMALL[name], rngs=nnx.Rngs(0)), classes=5, rngs=nnx.Rngs(1))  # noqa: E731
+    module = lambda: Segmenter(ENCODERS[name](**SMALL[name], rngs=Rngs(0)), classes=5, rngs=Rngs(1))  # noqa: E731
     logits = nnx.eval_shape(lambda: module()(jnp.zeros(shape)))
     assert logits.shape == (*shape[:4], 5)
     assert logits.dtype == jnp.float32
@@ -69,8 +70,6 @@ def test_bad_sizes_are_refused():
         patch_grid(jnp.zeros((1, 40, 32, 32, 1)), 16)
     tiny = SMALL["vision_mamba"]
     with pytest.raises(ValueError, match="feature_depths"):
-        VisionMamba(channels=tiny["channels"], mamba_depth=4, feature_depths=(1, 2, 3, 5), rngs=nnx.Rngs(0))
+        VisionMamba(channels=tiny["channels"], mamba_depth=4, feature_depths=(1, 2, 3, 5), rngs=Rngs(0))
     with pytest.raises(ValueError, match="expected one of toki"):
-        MaskedImageModel(
-            VisionMamba(**SMALL["vision_mamba"], rngs=nnx.Rngs(0)), filler="magic", rngs=nnx.Rngs(0)
-        )
+        MaskedImageModel(VisionMamba(**SMALL["vision_mamba"], rngs=Rngs(0)), filler="magic", rngs=Rngs(0))

@@ -33,6 +33,7 @@ from mambamim_jax.model.mamba import MambaLayer
 from mambamim_jax.model.mask import draw_mask
 from mambamim_jax.model.masked_layers import MedNeXtBlock, Pointwise
 from mambamim_jax.model.packed import pack, unpack
+from mambamim_jax.model.rngs import Rngs
 from mambamim_jax.model.upsample import Upsample2
 from mambamim_jax.settings import DataConfig, MeshConfig, OptimConfig, PretrainConfig
 from mambamim_jax.settings_model import HyMambaConfig, ModelConfig
@@ -74,7 +75,7 @@ class Mini(nnx.Module):
 
 def mini_task() -> Task:
     """Reconstruction of hidden patches of 2³ voxels by ``Mini``."""
-    graph, *_ = nnx.split(nnx.eval_shape(lambda: Mini(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)
+    graph, *_ = nnx.split(nnx.eval_shape(lambda: Mini(Rngs(0))), nnx.Param, nnx.BatchStat)
 
     def loss(params, stats, batch, key):
         module = nnx.merge(graph, params, stats)
@@ -84,7 +85,7 @@ def mini_task() -> Task:
     def prepare(batch, key):
         return batch | {"mask": draw_mask(key, BATCH, (2, 2, 2), 0.5)}
 
-    return Task("mini", lambda key: to_dicts(Mini(nnx.Rngs(key))), loss, prepare)
+    return Task("mini", lambda key: to_dicts(Mini(Rngs(key))), loss, prepare)
 
 
 def hymamba_task(name: str, decoder_width: int) -> Task:

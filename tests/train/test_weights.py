@@ -6,6 +6,7 @@ from flax import nnx
 
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.convert import flatten, from_official
+from mambamim_jax.model.rngs import Rngs
 from mambamim_jax.settings_finetune import SegmenterConfig
 from mambamim_jax.settings_model import HyMambaConfig, VisionMambaConfig
 from mambamim_jax.train.build import build_segmenter, to_dicts
@@ -20,7 +21,7 @@ CONFIG = SegmenterConfig(hymamba=HyMambaConfig(**SIZES))
 
 
 def shapes_of(config, classes=3, channels=1):
-    built = nnx.eval_shape(lambda: build_segmenter(config, classes, nnx.Rngs(0), channels))
+    built = nnx.eval_shape(lambda: build_segmenter(config, classes, Rngs(0), channels))
     return {name: leaf.shape for name, leaf in paths(to_dicts(built)[0]).items()}
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mambamim_jax.model.rngs import Rngs
 from mambamim_jax.train.step import Task
 
 FEATURES = 6
@@ -28,11 +29,11 @@ def tiny_task(noise: float = 0.1) -> Task:
     """Regression of the features' sum, with noise drawn from the step's key."""
 
     def init(key):
-        module = Tiny(nnx.Rngs(key))
+        module = Tiny(Rngs(key))
         params, stats = nnx.state(module, nnx.Param), nnx.state(module, nnx.BatchStat)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
-    graph, *_ = nnx.split(nnx.eval_shape(lambda: Tiny(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)
+    graph, *_ = nnx.split(nnx.eval_shape(lambda: Tiny(Rngs(0))), nnx.Param, nnx.BatchStat)
 
     def loss(params, stats, batch, key):
         module = nnx.merge(graph, params, stats)
