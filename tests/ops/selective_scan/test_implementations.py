@@ -32,7 +32,10 @@ CASES = [
 # Two tokens a chunk keep the interpreted programs small; segments of eight tokens, so that lengths are split.
 LAUNCH = tuning.Launch(2, 4, 2, 2, 1, 2, fill=16, shortest=8, halve_below=0, few=16, long=10**6)
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+    pytest.mark.slow,  # together
+]
 
 
 @pytest.fixture(autouse=True)
