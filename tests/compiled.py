@@ -14,9 +14,8 @@ def quick() -> str:
     if os.environ.get("JAX_PLATFORMS") != "cpu" and shutil.which("nvidia-smi"):
         return ""
     flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-    flags.append(
-        "--xla_cpu_parallel_codegen_split_count=1"
-    )  # two workers of pytest-xdist keep the cores busy
+    # in one part: the workers of pytest-xdist keep the cores busy
+    flags.append("--xla_cpu_parallel_codegen_split_count=1")
     if jax.__version_info__ >= (0, 11):
         return " ".join([*flags, "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"])
     return " ".join([*flags, "--xla_cpu_use_fusion_emitters=false"])

@@ -60,6 +60,7 @@ def campaign(folder, kills, seed, say=print):
     Raises: AssertionError for a process that hangs and for a loss that is not the undisturbed run's.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     folder.mkdir(exist_ok=True)
     rng, done, runs = random.Random(seed), 0, 0
     undisturbed = folder / "undisturbed"

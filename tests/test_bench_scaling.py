@@ -17,7 +17,6 @@ TINY = {
     "model.vision_mamba.feature_depths": "(1,2,3,4)",
     "model.vision_mamba.state": 2,
     "model.decoder_width": 32,
-    "model.filler": "linear",
 }
 
 

@@ -132,10 +132,7 @@ def test_sequential_with_an_odd_number_of_channels(reverse):
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_triton_with_any_channels_of_a_quad(channels, monkeypatch):
-    chunk = 4 // channels  # one group of tokens
-    launch = LAUNCH._replace(
-        chunk=chunk, channels=channels, inference_chunk=chunk, inference_channels=channels
-    )
+    launch = LAUNCH._replace(chunk=4, channels=channels, inference_chunk=4, inference_channels=channels)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
     inputs = random_inputs(SMALL)
     out, gradients = values_and_gradients(inputs, cotangents(SMALL), "pallas_triton")
