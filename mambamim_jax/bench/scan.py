@@ -69,6 +69,7 @@ def ours(
     copies = min(max(COPIED_ELEMENTS // inputs.u.size, 1), 16, iterations)
     turns = iterations // copies
 
+    @jax.jit  # so that copies of it are lowered once
     def once(inputs: ScanInputs) -> Any:
         if launch is not None:
             saved: Any
@@ -93,7 +94,7 @@ def ours(
 
     assert inputs.delta_bias is not None
     biases = [inputs.delta_bias + k / 1000 for k in range(copies)]
-    single: Any = jax.jit(once).lower(inputs)
+    single: Any = once.lower(inputs)
     repeated: Any = jax.jit(many).lower(inputs, biases) if iterations > 1 else None
     given = (inputs, biases) if iterations > 1 else (inputs,)
 

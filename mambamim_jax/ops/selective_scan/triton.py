@@ -18,10 +18,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from mambamim_jax.ops.selective_scan import triton_few as few
 from mambamim_jax.ops.selective_scan import triton_kernels as kernels
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
 from mambamim_jax.ops.selective_scan.triton_math import LANES
 from mambamim_jax.ops.selective_scan.triton_program import PLACES, QUAD, SET, STRIDE, Program, Walk
+from mambamim_jax.ops.selective_scan.triton_totals import totals
 from mambamim_jax.ops.selective_scan.tuning import Launch, launch_for
 from mambamim_jax.types import Array
 
@@ -62,22 +64,20 @@ def forward(
     launch = launch or _default_launch()
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
     f = _padded(inputs, launch, save)
-    walk, segments = _walk(f, launch, save, launch.warps, reverse)
+    walk, segments = _walk(f, launch, "saves" if save else "inference", reverse)
     e, states = f.u.shape[2], f.A.shape[1]
     outputs = {"y": _flat(f.u), "last": _float(segments, b, states, e)}
     if save:
-        count, fours = -(-length // (walk.chunk * STRIDE)), states // SET * walk.channels
-        outputs["saved"] = _float(b, count, fours, _programs(f, walk) * walk.block, QUAD)
+        count, k = -(-length // (walk.chunk * walk.stride)), launch.channels
+        outputs["saved"] = _float(b, count, states // SET * k, e // k * QUAD, QUAD)
     first = None if f.initial_state is None else f.initial_state.astype(jnp.float32).mT
-    entries = _entries(f, None, first, walk, segments)
-    out = _launch(
-        kernels.forward,
-        "forward",
-        walk,
-        (_programs(f, walk), b, segments),
-        {**_arrays(f), "first": entries},
-        outputs,
-    )
+    entries, dt = _entries(f, None, first, walk, segments)
+    given = {**_arrays(f), "first": entries, "dt": dt}
+    aliases = None
+    if dt is not None:
+        given, aliases = given | {"delta": None, "delta_bias": None}, {"dt": "y"}
+    body = few.forward if walk.adjacent and walk.channels == 1 and walk.whole else kernels.forward
+    out = _launch(body, "forward", walk, (_programs(f, walk), b, segments), given, outputs, aliases)
     return out["y"].reshape(f.u.shape)[..., :width], out["last"][-1, :, :n, :width].mT, out.get("saved")
 
 
@@ -89,13 +89,13 @@ def backward(
     reverse: bool,
     launch: Launch | None = None,
 ) -> ScanInputs:
-    """Gradients; sums over samples, segments and programs are left to XLA, so that no atomics are needed."""
+    """Gradients; a second kernel sums over samples, segments and programs, so that no atomics are needed."""
     launch = launch or _default_launch()
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
     f = _padded(inputs, launch, True)
     e, states = f.u.shape[2], f.A.shape[1]
     dy, dlast = _widen(dy, e), None if dlast is None else _pad(dlast.mT, (states, e))
-    walk, segments = _walk(f, launch, True, launch.backward_warps, reverse)
+    walk, segments = _walk(f, launch, "backward", reverse)
     programs = _programs(f, walk)
     outputs = {
         "du": _flat(f.u),
@@ -107,22 +107,20 @@ def backward(
         outputs["dz"] = _flat(f.z)
     if f.initial_state is not None:
         outputs["dfirst"] = _float(segments, b, states, e)
-    entries = _entries(f, dy, dlast, walk, segments)
+    entries, _ = _entries(f, dy, dlast, walk, segments)
     given = {**_arrays(f), "dy": _rows(dy), "saved": saved, "dlast": entries}
     out = _launch(kernels.backward, "backward", walk, (programs, b, segments), given, outputs)
     wide = {k: out[k].reshape(f.u.shape)[..., :width] for k in ("du", "ddelta", "dz") if k in out}
-    totals = jnp.sum(out["sums"], axis=(0, 1))[:, :width]
-    sums = jnp.sum(out["dBC"].reshape(b, length, -1, programs, LANES), axis=3)
-    dB, dC = (x.reshape(b, length, states)[..., :n] for x in jnp.split(sums, 2, axis=3))
+    found = totals(out["dBC"], out["sums"], (b, length, states), walk.shift, walk.interpret)
     return ScanInputs(
         u=wide["du"],
         delta=wide["ddelta"],
-        A=totals[:n].mT,
-        B=dB,
-        C=dC,
-        D=None if f.D is None else totals[states + 1],
+        A=found.A[:width, :n],
+        B=found.B[..., :n],
+        C=found.C[..., :n],
+        D=None if f.D is None else found.D[:width],
         z=wide.get("dz"),
-        delta_bias=totals[states],
+        delta_bias=found.delta_bias[:width],
         initial_state=out["dfirst"][0, :, :n, :width].mT if "dfirst" in out else None,
     )
 
@@ -140,8 +138,10 @@ def _padded(inputs: ScanInputs, launch: Launch, save: bool) -> ScanInputs:
     Where states are saved, e is padded to programs of the backward pass too.
     """
     e, n = inputs.A.shape
-    warps = max(launch.warps, launch.backward_warps) if save else launch.warps
-    block = LANES // QUAD * (launch.channels if save else launch.inference_channels) * warps
+    channels = launch.inference_channels * launch.warps
+    if save:
+        channels = max(_wide(launch) * launch.warps, launch.channels * launch.backward_warps)
+    block = LANES // QUAD * channels
     e, n = -(-e // block) * block, -(-n // SET) * SET
     if (e, n) == inputs.A.shape:
         return inputs
@@ -167,24 +167,27 @@ def _pad(x: Array, sizes: tuple[int, ...]) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - len(sizes)) + more)
 
 
-def _walk(f: ScanInputs, launch: Launch, save: bool, warps: int, reverse: bool) -> tuple[Walk, int]:
-    """The launch's static facts, and into how many segments the length is cut so that it fills the card.
+def _walk(f: ScanInputs, launch: Launch, work: str, reverse: bool) -> tuple[Walk, int]:
+    """The static facts of a launch, for inference, saves or backward, and the segments that the length is cut into.
 
     Raises: ValueError for channels or a chunk that no kernel takes.
     """
     b, length, e = f.u.shape
-    chunk, channels, fill = launch.chunk, launch.channels, launch.fill
-    if not save:
-        chunk, channels, fill = _inference(launch, b, length, e)
+    chunk, channels, team, fill = launch.chunk, launch.channels, QUAD, launch.fill
+    if work == "inference":
+        chunk, channels, team, fill = _inference(launch, b, length, e)
     if channels not in (1, 2, 4):
         raise ValueError(f"found {channels} channels a quad, expected 1, 2 or 4")
     if chunk < 1 or chunk % (QUAD // channels):
         raise ValueError(
             f"found a chunk of {chunk} tokens, expected a multiple of {QUAD // channels} at {channels} channels a quad"
         )
-    chunks = -(-length // chunk)
-    per_segment = -(-chunks // _segments(launch, fill, b * e, channels, length))
-    if save:
+    wide = work == "saves" and _is_wide(launch, b, length, e)
+    if wide:
+        chunk, channels = chunk * STRIDE, _wide(launch)
+    chunks, warps = -(-length // chunk), _warps(b * e, channels, team)
+    per_segment = -(-chunks // _segments(launch, fill, warps, length))
+    if work == "backward" or (work == "saves" and not wide):
         per_segment = -(-per_segment // STRIDE) * STRIDE
     segments = -(-chunks // per_segment)
     walk = Walk(
@@ -192,39 +195,60 @@ def _walk(f: ScanInputs, launch: Launch, save: bool, warps: int, reverse: bool) 
         length=length,
         chunk=chunk,
         channels=channels,
-        block=LANES * warps,
+        team=team,
+        block=LANES * (launch.backward_warps if work == "backward" else launch.warps),
         per_segment=per_segment,
         reverse=reverse,
         skip=0,
-        adjacent=not save and _warps(b * e, channels) * segments <= launch.few,
+        adjacent=work == "inference" and (team > QUAD or warps * segments <= launch.few),
+        shift=int(work != "inference" and not wide and channels < QUAD),
+        wide=wide,
         interpret=_interpret,
     )
     return walk, segments
 
 
-def _warps(sequences: int, channels: int) -> int:
+def _wide(launch: Launch) -> int:
+    """Channels of a quad of the forward pass that saves, where warps are many."""
+    return min(2 * launch.channels, QUAD)
+
+
+def _is_wide(launch: Launch, b: int, length: int, e: int) -> bool:
+    """Whether the forward pass that saves has twice the channels of the backward pass, for less work a channel.
+
+    Not where its segments would be short; as in `_inference`.
+    """
+    if launch.channels == QUAD:
+        return False
+    warps = _warps(b * e, _wide(launch), QUAD)
+    return (
+        2 * warps > launch.few
+        or length // _segments(launch, launch.fill, warps, length) >= launch.halve_below
+    )
+
+
+def _warps(sequences: int, channels: int, team: int) -> int:
     """Warps of one segment of so many sequences, a channel of a sample each."""
-    return max(sequences * QUAD // (LANES * channels), 1)
+    return max(sequences * team // (LANES * channels), 1)
 
 
-def _segments(launch: Launch, fill: int, sequences: int, channels: int, length: int) -> int:
+def _segments(launch: Launch, fill: int, warps: int, length: int) -> int:
     """How many segments fill the card with warps, twice as many where they would be long and warps few."""
-    warps = _warps(sequences, channels)
     segments = max(min(fill // warps, length // launch.shortest), 1)
     return 2 * segments if 2 * warps <= fill and length // segments >= launch.long else segments
 
 
-def _inference(launch: Launch, b: int, length: int, e: int) -> tuple[int, int, int]:
-    """Chunk, channels and fill; channels are halved while a card that is far from filled would be by short segments.
-
-    That makes twice the warps, so that half as many segments are enough.
+def _inference(launch: Launch, b: int, length: int, e: int) -> tuple[int, int, int, int]:
+    """Chunk, channels, team and fill; the last three for twice the warps, so that half as many segments are enough,
+    while a card that is far from filled would be by short segments.
     """
-    chunk, channels, fill = launch.inference_chunk, launch.inference_channels, launch.fill
-    while channels > 1 and chunk * channels % (2 * QUAD) == 0 and 2 * _warps(b * e, channels) <= launch.few:
-        if length // _segments(launch, fill, b * e, channels, length) >= launch.halve_below:
+    chunk, channels, team, fill = launch.inference_chunk, launch.inference_channels, QUAD, launch.fill
+    while chunk % (2 * team // channels) == 0 and 2 * _warps(b * e, channels, team) <= launch.few:
+        segments = _segments(launch, fill, _warps(b * e, channels, team), length)
+        if length // segments >= launch.halve_below or (channels == 1 and (segments == 1 or team > QUAD)):
             break
-        channels, fill = channels // 2, launch.few
-    return chunk, channels, fill
+        channels, team, fill = max(channels // 2, 1), team * (2 if channels == 1 else 1), launch.few
+    return chunk, channels, team, fill
 
 
 def _programs(f: ScanInputs, walk: Walk) -> int:
@@ -258,22 +282,30 @@ def _float(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _entries(f: ScanInputs, dy: Array | None, edge: Array | None, walk: Walk, segments: int) -> Array | None:
-    """The state, or with ``dy`` its gradient, that enters each segment (segments, b, n, e)."""
+def _entries(
+    f: ScanInputs, dy: Array | None, edge: Array | None, walk: Walk, segments: int
+) -> tuple[Array | None, Array | None]:
+    """The state, or with ``dy`` its gradient, that enters each segment (segments, b, n, e).
+
+    Of the states' pass also Δ, where y, which takes its place, has the same dtype.
+    """
     if segments == 1:
-        return None if edge is None else edge[None]
+        return (None if edge is None else edge[None]), None
     b, e, n, adjoint = f.u.shape[0], f.u.shape[2], f.A.shape[1], dy is not None
     arrays = _arrays(f)
     given = {
         k: arrays.get(k) for k in ("delta", "A", "delta_bias", "u", *(("z", "C") if adjoint else ("B",)))
     }
+    keep = not adjoint and f.u.dtype == jnp.float32
+    walked = segments if keep else segments - 1  # what the last one makes of its state is not needed, Δ is
+    outputs = {"end": _float(segments, b, n, e), "total": _float(segments, b, e)}
     found = _launch(
         functools.partial(kernels.ends, adjoint=adjoint),
         "ends",
         walk._replace(skip=int(adjoint)),
-        (_programs(f, walk), b, segments - 1),
+        (_programs(f, walk), b, walked),
         {**given, "dy": None if dy is None else _rows(dy)},
-        {"end": _float(segments, b, n, e), "total": _float(segments, b, e)},
+        outputs | ({"dt": _flat(f.u)} if keep else {}),
     )
     single = walk._replace(channels=1, block=LANES)
     combined = _launch(
@@ -281,10 +313,10 @@ def _entries(f: ScanInputs, dy: Array | None, edge: Array | None, walk: Walk, se
         "combine",
         single,
         (_programs(f, single), b, 1),
-        {"A": arrays["A"], "first": None if edge is None else edge[None], **found},
+        {"A": arrays["A"], "first": None if edge is None else edge[None], **{k: found[k] for k in outputs}},
         {"entry": _float(segments, b, n, e)},
     )
-    return combined["entry"]
+    return combined["entry"], found.get("dt")
 
 
 def _launch(
@@ -294,8 +326,12 @@ def _launch(
     grid: tuple[int, int, int],
     inputs: dict[str, Array | None],
     outputs: dict[str, jax.ShapeDtypeStruct],
+    aliases: dict[str, str] | None = None,
 ) -> dict[str, Array]:
-    """Runs ``body`` over the grid (blocks of channels, samples, segments), refs named as the arrays."""
+    """Runs ``body`` over the grid (blocks of channels, samples, segments), refs named as the arrays.
+
+    ``aliases`` says which inputs give their memory to which outputs.
+    """
     given = {key: value for key, value in inputs.items() if value is not None}
 
     def kernel(*refs: Any) -> None:
@@ -306,6 +342,9 @@ def _launch(
         out_shape=tuple(outputs.values()),
         grid=grid,
         interpret=walk.interpret,
+        input_output_aliases={
+            list(given).index(old): list(outputs).index(new) for old, new in (aliases or {}).items()
+        },
         name=f"selective_scan_{name}",
         compiler_params=pltriton.CompilerParams(num_warps=walk.block // LANES, num_stages=1),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,8 @@ class Chunk:
 
     def time(self, i: int | Array) -> Array:
         """The number of one of these tokens in time order."""
-        return self.index * self.count + i
+        first, walk = self.index * self.count, self.program.walk
+        return (jnp.minimum(first, walk.length - self.count) if walk.overlaps else first) + i
 
     def at(self, i: int) -> Array:
         """Where that token is in the sequence."""
@@ -41,20 +43,26 @@ class Chunk:
         tail = self.count > self.program.walk.length
         return Chunk(self.program, jnp.maximum(self.index - 1, 0), tail)
 
+    def after(self) -> Chunk:
+        """The chunk after this one; itself where that is not whole."""
+        return Chunk(self.program, jnp.minimum(self.index + 1, self.program.walk.whole - 1), False)
+
     def own(self, name: str, i: int) -> tuple[Any, Array | None]:
         """A ref (b, l e) at the lanes' own values of the group from token i on, and which are inside."""
         p = self.program
         walk, turn = p.walk, self.steps(1) * p.turn
         first, step = (self.at(0) + turn) * p.width + p.channel, self.steps(i) * p.width
         inside = self.own_inside(i)
-        if inside is None:
-            return p.spot(name, first, step), None
+        if inside is None or not self.tail:
+            return p.spot(name, first, step), inside
         past = walk.samples * walk.length * p.width + p.lane  # no two lanes at one place
         return p.spot(name, jnp.where(inside, first + step, past)), inside
 
     def own_inside(self, i: int) -> Array | None:
-        """Whether the lanes' own values of the group from token i on are inside the sequence; None for all."""
+        """Whether the lanes' own values of the group from token i on are inside the sequence, and new; None for all."""
         p = self.program
+        if p.walk.overlaps:
+            return self.time(i) + p.turn >= self.index * self.count
         return self.time(i) + p.turn < p.walk.length if self.tail else None
 
     def inside(self, i: int) -> Array | None:
@@ -77,35 +85,38 @@ class Chunk:
 
     def _own(self, name: str, i: int) -> Array:
         spot, inside = self.own(name, i)
-        return pltriton.load(spot, mask=inside, other=None if inside is None else 0.0)
+        if not self.tail:
+            return pltriton.load(spot)
+        return pltriton.load(spot, mask=inside, other=0.0)
 
     def _shared(self, name: str, i: int) -> Vectors:
         if self.program.walk.adjacent:
-            return self._fours(name, i)
+            return self._adjacent(name, i)
         p, mask = self.program, self.inside(i)
         n = len(p.states) * QUAD
-        first, other = self.at(0) * n + p.lane % SET, None if mask is None else 0.0
+        first, other = self.at(0) * n + p.quad * QUAD + p.lane % QUAD, None if mask is None else 0.0
         spots = [p.spot(name, first, self.steps(i) * n + s) for s in range(0, n, SET)]
         return [pltriton.load(spot, mask=mask, other=other) for spot in spots]
 
-    def _fours(self, name: str, i: int) -> Vectors:
+    def _adjacent(self, name: str, i: int) -> Vectors:
         p, mask = self.program, self.inside(i)
-        sets = len(p.states) // QUAD
+        sets = len(p.states) // p.each
         if mask is not None:
-            mask = jnp.broadcast_to(mask[:, None], (p.walk.block, QUAD))
+            mask = jnp.broadcast_to(mask[:, None], (p.walk.block, p.each))
         first, other = self.at(0) * sets, None if mask is None else 0.0
-        fours = [
-            pltriton.load(p.four(name, first, (self.steps(i) * sets + s) * SET), mask=mask, other=other)
+        found = [
+            pltriton.load(p.adjacent(name, first, (self.steps(i) * sets + s) * SET), mask=mask, other=other)
             for s in range(sets)
         ]
-        return [x.reshape(-1) for four in fours for x in jnp.split(four, QUAD, axis=1)]
+        return [x.reshape(-1) for own in found for x in jnp.split(own, p.each, axis=1)]
 
     def put_sums(self, sums: WarpSums, i: int, dB: Vectors, dC: Vectors) -> list[Array]:
         """Token i's gradients of B and C, sums after `over_quads`, a row of ``sums`` for each set."""
         p, rows = self.program, []
-        upper = (p.lane & SET) != 0
+        other = QUAD if p.walk.shift else SET
+        upper = (p.lane & other) != 0
         for s, (b, c) in enumerate(zip(dB, dC)):
-            total = jnp.where(upper, c, b) + p.math.exchange(jnp.where(upper, b, c), SET)
+            total = jnp.where(upper, c, b) + p.math.exchange(jnp.where(upper, b, c), other)
             rows.append(sums.put(self.index, i * len(dB) + s, total))
         return rows
 
@@ -121,25 +132,32 @@ class Chunk:
             spot = p.spot("dBC", (at * programs + p.block) * LANES + p.lane % LANES)
             pltriton.store(spot, total, mask=inside)
 
-    def groups(self, data: Data) -> list[Group]:
-        """The tokens as groups, in time order."""
-        return [Group(self, i, data) for i in range(0, self.count, self.program.walk.together)]
+    def groups(self, data: Data, ready: Sequence[Any] = ()) -> list[Group]:
+        """The tokens as groups, in time order; u and Δ are from ``ready``, a record for each, where that is given."""
+        firsts = range(0, self.count, self.program.walk.together)
+        return [Group(self, i, data, *made) for i, *made in zip(firsts, *([ready] if ready else []))]
 
 
 class Group:
     """As many tokens as a vector takes, ``Walk.together``: a lane has one channel of one of them."""
 
-    def __init__(self, chunk: Chunk, first: int, data: Data):
+    def __init__(self, chunk: Chunk, first: int, data: Data, ready: Any = None):
         self.chunk, self.first, self.data, self.program = chunk, first, data, chunk.program
         self.math = self.program.math
         self.turns = range(self.program.walk.together)
-        row = self.row("delta") if self.program.bias is None else self.row("delta") + self.program.bias
-        self.raw, self.u = row, self.row("u")
-        self.delta = self.or_zero(self.math.softplus(row))
+        self.u = self.row("u") if ready is None else ready.u
+        if ready is not None:
+            self.delta = ready.delta
+        elif "dt" in data:
+            self.delta = self.or_zero(self.row("dt"))
+        else:
+            row = self.row("delta")
+            self.raw = row if self.program.bias is None else row + self.program.bias
+            self.delta = self.or_zero(self.math.softplus(self.raw))
         self.drive = self.delta * self.u
 
     def or_zero(self, value: Array) -> Array:
-        """0 past the end."""
+        """0 past the end, and of tokens that come again."""
         mask = self.chunk.own_inside(self.first)
         return value if mask is None else jnp.where(mask, value, 0.0)
 
@@ -152,7 +170,7 @@ class Group:
         sets = [x.astype(jnp.float32) for x in self.data[name][self.first + turn]]
         if self.program.walk.adjacent:
             return sets
-        return [self.math.exchange(x, QUAD * i) for x in sets for i in range(QUAD)]
+        return [self.math.exchange(x, self.program.apart_by * i) for x in sets for i in range(QUAD)]
 
     def spread(self, value: Array, turn: int) -> Vectors:
         """A token's values, for each of a lane's channels, from the lanes that own them."""
@@ -160,7 +178,7 @@ class Group:
         if len(self.turns) == 1:
             return [self.math.exchange(value, k) for k in p.channels]
         own = p.lane % p.walk.channels
-        return [self.math.of_quad(value, (own ^ k) + turn * p.walk.channels) for k in p.channels]
+        return [self.math.of_team(value, (own ^ k) + turn * p.walk.channels, p.walk.team) for k in p.channels]
 
     def write(self, name: str, value: Array) -> None:
         """Stores the lanes' own values into (b, l e)."""
@@ -185,6 +203,13 @@ class Group:
         return decays, [[fma(drive, b, x) for b, x in zip(B, xs)] for drive, xs in zip(drives, kept)]
 
 
+def whole_chunks(program: Program) -> Array:
+    """How many of the segment's chunks lie in the sequence whole."""
+    walk = program.walk
+    start = program.segment * walk.per_segment
+    return jnp.clip(walk.whole - start, 0, walk.per_segment)
+
+
 def fold(
     program: Program,
     body: Any,
@@ -199,9 +224,9 @@ def fold(
     ``fetch()``, and settled after that.
     """
     walk = program.walk
-    whole, chunks = walk.length // walk.chunk, -(-walk.length // walk.chunk)
+    whole, chunks = walk.whole, -(-walk.length // walk.chunk)
     start = program.segment * walk.per_segment
-    end = jnp.minimum(start + walk.per_segment, whole)
+    end = start + whole_chunks(program)
 
     def place(count: Array) -> Chunk:
         index = jnp.clip(end - 1 - count if backwards else start + count, 0, whole - 1)

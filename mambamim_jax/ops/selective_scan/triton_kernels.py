@@ -25,14 +25,6 @@ AT_ONCE = 16
 """Segments that `combine` reads at once."""
 
 
-def dot(p: Program, xs: Vectors, ys: Vectors) -> Array:
-    """Σ x y over a lane's vectors."""
-    total = xs[0] * ys[0]
-    for x, y in zip(xs[1:], ys[1:]):
-        total = p.math.fma(x, y, total)
-    return total
-
-
 def over_channels(p: Program, state: State, weights: Vectors) -> Vectors:
     """Σ weight x over a lane's channels, for each state."""
     totals = [x * weights[0] for x in state[0]]
@@ -45,20 +37,24 @@ def forward(p: Program) -> None:
     """y and the last state; also the state before every second chunk, where there is a ref ``saved`` for it."""
 
     def read(chunk: Chunk) -> Data:
-        return chunk.read(("u", "delta", "z", "B", "C"))
+        return chunk.read(("u", "delta", "dt", "z", "B", "C"))
 
     def body(chunk: Chunk, data: Data, h: State, fetch: Fetch) -> tuple[State, Data]:
         following = fetch()
 
         def work(h: State) -> tuple[State, None]:
             if "saved" in p.refs:
-                pl.when(chunk.index % STRIDE == 0)(lambda: p.put_saved(chunk.index // STRIDE, h))
+                stride = p.walk.stride
+                if stride == 1:
+                    p.put_saved(chunk.index, h)
+                else:
+                    pl.when(chunk.index % stride == 0)(lambda: p.put_saved(chunk.index // stride, h))
             for group in chunk.groups(data):
                 parts = []
                 for turn in group.turns:
                     h = group.step(h, turn)[1]
                     C = group.shared("C", turn)
-                    parts.append([dot(p, xs, C) for xs in h])
+                    parts.append([p.dot(xs, C) for xs in h])
                 y = p.collect(parts)
                 if p.D is not None:
                     y = p.math.fma(p.D, group.u, y)
@@ -76,7 +72,8 @@ def forward(p: Program) -> None:
 def ends(p: Program, adjoint: bool) -> None:
     """What each segment makes of a zero state, ``end``, and its sum of delta, for `combine`.
 
-    ``adjoint`` walks the gradient of the state from the segment's last token to its first.
+    ``adjoint`` walks the gradient of the state from the segment's last token to its first. Where there is a ref ``dt``,
+    Δ is stored for `forward`.
     """
 
     def read(chunk: Chunk) -> Data:
@@ -91,6 +88,8 @@ def ends(p: Program, adjoint: bool) -> None:
                 for turn in reversed(group.turns) if adjoint else group.turns:
                     h = _adjoint_step(p, group, h, turn) if adjoint else group.step(h, turn)[1]
                 total = total + group.delta
+                if "dt" in p.refs:
+                    group.write("dt", group.delta)
             return (h, total), None
 
         return p.apart(work, carry, chunk.index)[0], following
@@ -211,7 +210,7 @@ def _group_gradients(
     for turn, last in zip(reversed(group.turns), reversed(trail)):
         C = group.shared("C", turn)
         if dz_per_y is not None:
-            ys.insert(0, [dot(p, xs, C) for xs in last.after])
+            ys.insert(0, [p.dot(xs, C) for xs in last.after])
         dC = p.over_quads(over_channels(p, last.after, group.spread(dout, turn)))
         g, dA, of_input, of_decay, dB = _state_gradients(p, group, last, dout, turn, g, dA)
         rows = group.chunk.put_sums(sums, group.first + turn, dB, dC) + rows
@@ -242,5 +241,5 @@ def _state_gradients(
     g = [[d * x for d, x in zip(*pair)] for pair in zip(trail.decays, G)]
     dstates = [[x * y for x, y in zip(*pair)] for pair in zip(g, trail.before)]
     dA = [[fma(x, delta, y) for x, y in zip(*pair)] for delta, pair in zip(deltas, zip(dstates, dA))]
-    ddecay = [dot(p, *pair) for pair in zip(dstates, p.A)]
-    return g, dA, [dot(p, xs, B) for xs in G], ddecay, p.over_quads(over_channels(p, G, drives))
+    ddecay = [p.dot(*pair) for pair in zip(dstates, p.A)]
+    return g, dA, [p.dot(xs, B) for xs in G], ddecay, p.over_quads(over_channels(p, G, drives))

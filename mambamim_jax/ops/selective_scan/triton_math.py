@@ -71,11 +71,11 @@ class Math:
             return x[jnp.arange(x.shape[0]) ^ bits]
         return self._asm(f"shfl.sync.bfly.b32 $0, $1, {bits}, 0x1f, 0xffffffff;", x)
 
-    def of_quad(self, x: Array, lane: Array) -> Array:
-        """The value of another lane, 0 to 3, of the lane's four."""
+    def of_team(self, x: Array, lane: Array, team: int) -> Array:
+        """The value of a lane, numbered from 0, of the lane's team of 4 or 8."""
         if self.interpret:
-            return x[(jnp.arange(x.shape[0]) & ~3) + lane]
-        return self._asm("shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;", x, lane)
+            return x[(jnp.arange(x.shape[0]) & -team) + lane]
+        return self._asm(f"shfl.sync.idx.b32 $0, $1, $2, {LANES - team << 8 | 0x1F}, 0xffffffff;", x, lane)
 
     def shared(self, like: Array, size: int) -> Array:
         """The address of ``size`` bytes of the program's shared memory, in every lane of a vector like this one."""

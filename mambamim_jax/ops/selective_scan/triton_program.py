@@ -45,23 +45,41 @@ class Walk(NamedTuple):
     samples: int
     length: int  # tokens
     chunk: int  # tokens unrolled in the kernel
-    channels: int  # channels of a quad of lanes
+    channels: int  # channels of a team of lanes
+    team: int  # lanes that share channels: a quad, or eight of which each has half as many states
     block: int  # lanes of a program
     per_segment: int  # chunks of a segment
     reverse: bool  # time runs from the last token to the first
     skip: int  # segments before the first program's
     adjacent: bool  # a lane's states of a set follow each other
+    shift: int  # otherwise as many quads with the same states, 2**shift, stand side by side
+    wide: bool  # a forward pass that saves, a quad with the channels that two have in the backward pass
     interpret: bool  # run by the Pallas interpreter, which knows no inline assembly
 
     @property
     def width(self) -> int:
         """Channels of a program."""
-        return self.block // QUAD * self.channels
+        return self.block // self.team * self.channels
+
+    @property
+    def stride(self) -> int:
+        """Chunks from one saved state to the next."""
+        return 1 if self.wide else STRIDE
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the last chunk ends with the sequence and takes tokens of the one before again, without effect."""
+        return self.adjacent and self.length >= self.chunk and self.length % self.chunk > 0
+
+    @property
+    def whole(self) -> int:
+        """Chunks that have all their tokens in the sequence."""
+        return -(-self.length // self.chunk) if self.overlaps else self.length // self.chunk
 
     @property
     def together(self) -> int:
         """Tokens of a group."""
-        return QUAD // self.channels
+        return self.team // self.channels
 
 
 class Program:
@@ -75,10 +93,11 @@ class Program:
         self.lanes = pl.ds(self.block * walk.block, walk.block)
         lane = jnp.arange(walk.block, dtype=jnp.int32)
         self.lane, self.channels = lane, range(walk.channels)
-        self.channel = self.block * walk.width + lane // QUAD * walk.channels + lane % walk.channels
-        self.turn = lane % QUAD // walk.channels
+        self.channel = self.block * walk.width + lane // walk.team * walk.channels + lane % walk.channels
+        self.turn = lane % walk.team // walk.channels
+        self.quad, self.apart_by = lane // (QUAD << walk.shift) % QUAD, QUAD << walk.shift
         self.width, n = refs["A"].shape
-        self.states = range(n // QUAD)
+        self.states, self.each = range(n // walk.team), SET // walk.team
         self.A = [
             [pltriton.load(refs["A"].at[c, row]) * LOG2E for row, c in places] for places in self._places()
         ]
@@ -91,10 +110,10 @@ class Program:
 
     def _places(self) -> list[list[tuple[Array, Array]]]:
         """(state, channel) for each channel and state of the lanes."""
-        low, high = self.lane % QUAD, self.lane // QUAD % QUAD
+        low, high, each = self.lane % self.walk.team, self.quad, self.each
         rows = [
-            i // QUAD * SET
-            + (low * QUAD + i % QUAD if self.walk.adjacent else (high ^ i % QUAD) * QUAD + low)
+            i // each * SET
+            + (low * each + i % each if self.walk.adjacent else (high ^ i % QUAD) * QUAD + low)
             for i in self.states
         ]
         return [[(row, self.channel ^ k) for row in rows] for k in self.channels]
@@ -115,13 +134,13 @@ class Program:
         row = self.sample * (ref.shape[0] // self.walk.samples)
         return ref.at[(row + first & PLACES - 1) + step]
 
-    def four(self, name: str, set: Array, offset: int) -> Any:
-        """The ref of an array of tokens at each lane's four of a set of states, and ``offset`` after that.
+    def adjacent(self, name: str, set: Array, offset: int) -> Any:
+        """The ref of an array of tokens at each lane's states of a set, and ``offset`` after that.
 
-        Cut as in `spot`, but as a number of sets, so that the compiler sees fours that are read in one go.
+        Cut as in `spot`, but as a number of sets, so that the compiler sees values that are read in one go.
         """
-        ref = self.refs[name]
-        within = (self.lane % QUAD * QUAD)[:, None] + jnp.arange(QUAD, dtype=jnp.int32)[None]
+        ref, each = self.refs[name], self.each
+        within = (self.lane % self.walk.team * each)[:, None] + jnp.arange(each, dtype=jnp.int32)[None]
         if len(ref.shape) == 2:
             return ref.at[self.sample, set * SET + offset + within]
         sets = self.sample * (ref.shape[0] // self.walk.samples // SET)
@@ -158,17 +177,30 @@ class Program:
     def put_vector(self, name: str, value: Array, *at: int) -> None:
         """Stores a sum over each lane's own tokens into an array (segments, b, ..., e)."""
         bits = self.walk.channels
-        while bits < QUAD:
+        while bits < self.walk.team:
             value, bits = value + self.math.exchange(value, bits), bits * 2
         pltriton.store(self.refs[name].at[(self.segment, self.sample, *at, self.channel)], value)
 
     def put_saved(self, index: Array, value: State) -> None:
         """Stores a state as the lanes have it, into (b, saved, fours of vectors, lanes, 4)."""
-        vectors = [x for channel in value for x in channel]
-        for row in range(len(vectors) // QUAD):
-            a, b, c, d = vectors[row * QUAD : (row + 1) * QUAD]
-            four = jnp.stack((jnp.stack((a, c), -1), jnp.stack((b, d), -1)), -1).reshape(-1, QUAD)
-            self.refs["saved"][self.sample, index, row, self.lanes, :] = four
+        within, ref = jnp.arange(QUAD, dtype=jnp.int32)[None], self.refs["saved"]
+        channels = self.walk.channels // 2 if self.walk.wide else self.walk.channels
+        for k, vectors in enumerate(value):
+            lanes = self._saved_lanes(k, channels)
+            for first in range(0, len(vectors), QUAD):
+                a, b, c, d = vectors[first : first + QUAD]
+                four = jnp.stack((jnp.stack((a, c), -1), jnp.stack((b, d), -1)), -1).reshape(-1, QUAD)
+                row = (k % channels * len(vectors) + first) // QUAD
+                pltriton.store(ref.at[self.sample, index, row, lanes[:, None], within], four)
+
+    def _saved_lanes(self, k: int, channels: int) -> Array:
+        """The backward pass' lane that has this lane's channel k, as its channel k modulo ``channels``."""
+        lanes = self.block * self.walk.block + self.lane
+        if not self.walk.wide:
+            return lanes
+        own = lanes % QUAD
+        quad = lanes // QUAD * 2 + (own % self.walk.channels // channels ^ k // channels)
+        return quad * QUAD + own
 
     def saved(self, index: Array) -> State:
         """What `put_saved` stored."""
@@ -197,12 +229,19 @@ class Program:
         """exp(Δ A) of each channel and state."""
         return [[self.math.exp2(delta * a) for a in A] for delta, A in zip(deltas, self.A)]
 
+    def dot(self, xs: Vectors, ys: Vectors) -> Array:
+        """Σ x y over a lane's vectors."""
+        total = xs[0] * ys[0]
+        for x, y in zip(xs[1:], ys[1:]):
+            total = self.math.fma(x, y, total)
+        return total
+
     def collect(self, parts: list[Vectors]) -> Array:
-        """Sums each token's channels over the quad; a lane gets the sum of its own channel and token.
+        """Sums each token's channels over the team; a lane gets the sum of its own channel and token.
 
         ``parts`` has a vector for each token of a group and channel.
         """
-        exchange, bit = self.math.exchange, QUAD // 2
+        exchange, bit = self.math.exchange, self.walk.team // 2
         sums = [sum((exchange(x, k) for k, x in enumerate(part) if k), part[0]) for part in parts]
         while len(sums) > 1:
             half, upper = len(sums) // 2, (self.lane & bit) != 0
@@ -214,9 +253,11 @@ class Program:
         return sums[0]
 
     def over_quads(self, values: Vectors) -> Vectors:
-        """Sums a vector of each state over quads with the same parity of number // 4; one sum a set and lane.
+        """Sums a vector of each state over the four quads with different states; one sum a set and lane.
 
-        Lane 4 q + s gets state 4 q + s, q modulo 4.
+        A lane gets the first of its own states.
         """
         sets = [values[i : i + QUAD] for i in range(0, len(values), QUAD)]
-        return [sum((self.math.exchange(x, QUAD * i) for i, x in enumerate(x) if i), x[0]) for x in sets]
+        return [
+            sum((self.math.exchange(x, self.apart_by * i) for i, x in enumerate(x) if i), x[0]) for x in sets
+        ]

@@ -154,6 +154,31 @@ def test_triton_reads_rows_in_fours_where_warps_are_few(few, n, reverse, monkeyp
     assert_close(y, expected(shape, reverse)[0][0], 1e-5, "inference")
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
+@pytest.mark.parametrize("n", [3, 20])
+def test_triton_with_eight_lanes_a_channel(n, reverse, monkeypatch):
+    """Two segments, of one sequence with tokens that the last chunk takes again."""
+    launch = LAUNCH._replace(inference_chunk=8, few=64, halve_below=100)
+    monkeypatch.setattr(triton, "_default_launch", lambda: launch)
+    shape = (2, 38, 40, n)
+    assert triton._inference(launch, 2, 38, 64) == (8, 1, 8, 64)
+    assert_close(
+        run(random_inputs(shape), "pallas_triton", reverse), expected(shape, reverse)[0], 1e-5, "value"
+    )
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
+def test_triton_saves_states_with_as_many_channels_as_it_reads_them(reverse, monkeypatch):
+    """Where segments would be short; otherwise with twice as many."""
+    launch = LAUNCH._replace(halve_below=100)
+    monkeypatch.setattr(triton, "_default_launch", lambda: launch)
+    assert [triton._is_wide(some, *SMALL[:2], 64) for some in (LAUNCH, launch)] == [True, False]
+    out, gradients = values_and_gradients(random_inputs(SMALL), cotangents(SMALL), "pallas_triton", reverse)
+    want, want_gradients = expected(SMALL, reverse)
+    assert_close(out, want, 1e-5, "value")
+    assert_close(gradients, want_gradients, 1e-4, "gradient")
+
+
 @pytest.mark.parametrize(("warps", "n"), [(1, 20), (4, 3), (4, 20)])
 def test_triton_with_any_warps_of_a_program(warps, n, monkeypatch):
     """Rows of dB and dC for two tokens and one or two sets of states: more, as many and fewer than warps."""
@@ -194,7 +219,7 @@ def test_triton_cuts_long_segments_in_two(length, fill, segments, monkeypatch):
     """Four warps, segments of eight tokens at least and cut from 20 on, if twice the warps fit."""
     launch = LAUNCH._replace(fill=fill, long=20)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
-    assert triton._segments(launch, fill, 128, 4, length) == segments
+    assert triton._segments(launch, fill, 4, length) == segments
     inputs = random_inputs((2, length, 40, 3))
     assert_close(run(inputs, "pallas_triton"), run(inputs, "reference"), 1e-5, "inference")
 
