@@ -61,7 +61,7 @@ def forward(
     inputs: ScanInputs, reverse: bool, save: bool, launch: Launch | None = None
 ) -> tuple[Array, Array, Array | None]:
     """`reference.scan`; with ``save`` also what `Program.put_saved` stores before every second chunk."""
-    launch = launch or _default_launch()
+    launch = launch or _launch_of(inputs)
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
     f = _padded(inputs, launch, save)
     walk, segments = _walk(f, launch, "saves" if save else "inference", reverse)
@@ -90,7 +90,7 @@ def backward(
     launch: Launch | None = None,
 ) -> ScanInputs:
     """Gradients; a second kernel sums over samples, segments and programs, so that no atomics are needed."""
-    launch = launch or _default_launch()
+    launch = launch or _launch_of(inputs)
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
     f = _padded(inputs, launch, True)
     e, states = f.u.shape[2], f.A.shape[1]
@@ -130,6 +130,18 @@ def _default_launch() -> Launch:
     capability = getattr(jax.devices()[0], "compute_capability", "8.0")
     major, minor = (int(part) for part in str(capability).split(".")[:2])
     return launch_for((major, minor))
+
+
+def _launch_of(inputs: ScanInputs) -> Launch:
+    """The default one; with twice the warps of a backward program where there are enough of them even so.
+
+    That halves what `totals` has to sum.
+    """
+    launch, (b, _, e) = _default_launch(), inputs.u.shape
+    warps = 2 * launch.backward_warps
+    if e % (LANES // QUAD * launch.channels * warps) or _warps(b * e, launch.channels, QUAD) < launch.fill:
+        return launch
+    return launch._replace(backward_warps=warps)
 
 
 def _padded(inputs: ScanInputs, launch: Launch, save: bool) -> ScanInputs:

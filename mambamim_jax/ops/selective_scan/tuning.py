@@ -17,9 +17,13 @@ class Launch(NamedTuple):
     inference_chunk: int  # tokens unrolled where no states are saved
     inference_channels: int  # channels of a quad there
     chunk: int  # tokens unrolled where states are saved, one every second chunk
-    channels: int  # channels of a quad where states are saved, and in the backward pass
+    channels: (
+        int  # channels of a quad in the backward pass; a forward pass that saves has up to twice as many
+    )
     warps: int  # warps of a forward program
-    backward_warps: int  # warps of a backward program
+    backward_warps: (
+        int  # warps of a backward program; twice as many where they fill the card without segments
+    )
     fill: int  # warps that fill the card; where a launch has fewer, the length is split into segments
     shortest: int  # tokens below which a segment is not split further
     halve_below: int  # tokens of a segment below which inference halves its channels, where warps are few

@@ -179,6 +179,16 @@ def test_triton_saves_states_with_as_many_channels_as_it_reads_them(reverse, mon
     assert_close(gradients, want_gradients, 1e-4, "gradient")
 
 
+@pytest.mark.parametrize(("fill", "width", "warps"), [(16, 64, 4), (17, 64, 2), (16, 96, 2)])
+def test_triton_backward_programs_of_many_warps(fill, width, warps, monkeypatch):
+    """Four samples of 64 channels make 16 warps; of 96, 24, but those are no whole number of larger programs."""
+    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH._replace(fill=fill))
+    shape = (4, 3, width, 3)
+    assert triton._launch_of(random_inputs(shape)).backward_warps == warps
+    gradients = values_and_gradients(random_inputs(shape), cotangents(shape), "pallas_triton")[1]
+    assert_close(gradients, expected(shape)[1], 1e-4, "gradient")
+
+
 @pytest.mark.parametrize(("warps", "n"), [(1, 20), (4, 3), (4, 20)])
 def test_triton_with_any_warps_of_a_program(warps, n, monkeypatch):
     """Rows of dB and dC for two tokens and one or two sets of states: more, as many and fewer than warps."""
