@@ -7,8 +7,10 @@ every ``4 / channels`` tokens, which make a `triton_chunks.Group`. A warp has ei
 
 Lanes list their channels and states in orders of their own, so that most exchanges need no selection: channel k
 of a lane is its own channel's number ^ k, and of the sixteen states of a set, state i of a lane is
-4 (i ^ quad) + lane of the quad, with the quad's number modulo 4. Where nothing is summed over quads it is
-4 * lane of the quad + i instead, ``Walk.adjacent``, so that a lane reads its B and C in one go.
+4 (i ^ quad) + lane of the quad, with the quad's number modulo 4, halved first where ``Walk.shift`` is 1, as in the
+backward pass: two of its quads then have the states and the channels of one of the forward pass, ``Walk.wide``.
+Where nothing is summed over quads it is 4 * lane of the quad + i instead, ``Walk.adjacent``, so that a lane reads its
+B and C in one go; there a team of eight lanes may take the quad's place, with half of the states each.
 
 Kernels find their refs by name; those of optional inputs are absent.
 """
