@@ -30,7 +30,9 @@ CASES = [
     (shape, reverse) for shape in shapes.SCAN for reverse in (False, True) if not reverse or shape[3] < 16
 ]
 # Two tokens a chunk keep the interpreted programs small; segments of eight tokens, so that lengths are split.
-LAUNCH = tuning.Launch(2, 4, 2, 2, 1, 2, fill=16, shortest=8, halve_below=0, few=16, long=10**6)
+LAUNCH = tuning.Launch(2, 4, 2, 2, 1, 2, fill=16, shortest=8, halve_below=10**6, few=16, long=10**6)
+WIDE = LAUNCH._replace(halve_below=0)
+"""States are saved with four channels a quad, and inference has as many: larger programs."""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
@@ -52,7 +54,9 @@ def _interpret_without_a_gpu(monkeypatch):
 @pytest.mark.parametrize("name", [x for x in IMPLEMENTATIONS if x != "auto"])
 class TestImplementation:
     @pytest.mark.parametrize(("shape", "reverse"), CASES, ids=str)
-    def test_values_and_gradients(self, name, shape, reverse):
+    def test_values_and_gradients(self, name, shape, reverse, monkeypatch):
+        if not reverse and jax.default_backend() != "gpu":
+            monkeypatch.setattr(triton, "_default_launch", lambda: WIDE)
         out, gradients = values_and_gradients(random_inputs(shape), cotangents(shape), name, reverse)
         want, want_gradients = expected(shape, reverse)
         assert_close(out, want, 1e-5, "value")
@@ -130,9 +134,9 @@ def test_sequential_with_an_odd_number_of_channels(reverse):
     assert_close(gradients, want_gradients, 1e-4, "gradient")
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4])
-def test_triton_with_any_channels_of_a_quad(channels, monkeypatch):
-    launch = LAUNCH._replace(chunk=4, channels=channels, inference_chunk=4, inference_channels=channels)
+@pytest.mark.parametrize(("channels", "chunk"), [(1, 4), (2, 4), (4, 2)])
+def test_triton_with_any_channels_of_a_quad(channels, chunk, monkeypatch):
+    launch = WIDE._replace(chunk=chunk, channels=channels, inference_chunk=chunk, inference_channels=channels)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
     inputs = random_inputs(SMALL)
     out, gradients = values_and_gradients(inputs, cotangents(SMALL), "pallas_triton")
@@ -168,25 +172,26 @@ def test_triton_with_eight_lanes_a_channel(n, reverse, monkeypatch):
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
-def test_triton_saves_states_with_as_many_channels_as_it_reads_them(reverse, monkeypatch):
-    """Where segments would be short; otherwise with twice as many."""
-    launch = LAUNCH._replace(halve_below=100)
-    monkeypatch.setattr(triton, "_default_launch", lambda: launch)
-    assert [triton._is_wide(some, *SMALL[:2], 64) for some in (LAUNCH, launch)] == [True, False]
+def test_triton_saves_states_with_as_many_channels_or_twice_as_many(reverse, monkeypatch):
+    """As many where segments would be short."""
+    assert [triton._is_wide(some, *SMALL[:2], 64) for some in (WIDE, LAUNCH)] == [True, False]
+    monkeypatch.setattr(triton, "_default_launch", lambda: WIDE if reverse else LAUNCH)
     out, gradients = values_and_gradients(random_inputs(SMALL), cotangents(SMALL), "pallas_triton", reverse)
     want, want_gradients = expected(SMALL, reverse)
     assert_close(out, want, 1e-5, "value")
     assert_close(gradients, want_gradients, 1e-4, "gradient")
 
 
-@pytest.mark.parametrize(("fill", "width", "warps"), [(16, 64, 4), (17, 64, 2), (16, 96, 2)])
-def test_triton_backward_programs_of_many_warps(fill, width, warps, monkeypatch):
+def test_triton_backward_programs_of_many_warps(monkeypatch):
     """Four samples of 64 channels make 16 warps; of 96, 24, but those are no whole number of larger programs."""
-    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH._replace(fill=fill))
-    shape = (4, 3, width, 3)
-    assert triton._launch_of(random_inputs(shape)).backward_warps == warps
-    gradients = values_and_gradients(random_inputs(shape), cotangents(shape), "pallas_triton")[1]
+    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH)
+    shape = (4, 3, 64, 3)
+    inputs, other = random_inputs(shape), random_inputs((4, 3, 96, 3))
+    assert [triton._launch_of(some).backward_warps for some in (inputs, other)] == [4, 2]
+    gradients = values_and_gradients(inputs, cotangents(shape), "pallas_triton")[1]
     assert_close(gradients, expected(shape)[1], 1e-4, "gradient")
+    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH._replace(fill=17))
+    assert triton._launch_of(inputs).backward_warps == 2
 
 
 @pytest.mark.parametrize(("warps", "n"), [(1, 20), (4, 3), (4, 20)])
@@ -227,7 +232,7 @@ def test_triton_halves_channels_where_segments_would_be_short(
 )
 def test_triton_cuts_long_segments_in_two(length, fill, segments, monkeypatch):
     """Four warps, segments of eight tokens at least and cut from 20 on, if twice the warps fit."""
-    launch = LAUNCH._replace(fill=fill, long=20)
+    launch = WIDE._replace(fill=fill, long=20)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
     assert triton._segments(launch, fill, 4, length) == segments
     inputs = random_inputs((2, length, 40, 3))
