@@ -15,7 +15,7 @@ import pytest
 from mambamim_jax.bench import loader, predict, profile, scan, step, toki
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.checks import ConfigError
-from mambamim_jax.ops.selective_scan import triton, tuning
+from mambamim_jax.ops.selective_scan import triton_plan, tuning
 from tests.data import ct_files
 
 ROOT = Path(__file__).parents[1]
@@ -216,4 +216,4 @@ def test_the_sweep_of_the_scan_tries_what_its_kernels_take(mode, b):
     assert len(set(launches)) == len(launches) > 2
     for launch in launches:
         for work in ("inference",) if mode == "forward" else ("saves", "backward"):
-            triton._walk(inputs, launch, work, False)  # raises for a wrong one
+            triton_plan.walk(inputs, launch, work, False, False)  # raises for a wrong one

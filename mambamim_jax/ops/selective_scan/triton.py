@@ -20,9 +20,10 @@ from jax.experimental.pallas import triton as pltriton
 
 from mambamim_jax.ops.selective_scan import triton_few as few
 from mambamim_jax.ops.selective_scan import triton_kernels as kernels
+from mambamim_jax.ops.selective_scan import triton_plan as plan
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
 from mambamim_jax.ops.selective_scan.triton_math import LANES
-from mambamim_jax.ops.selective_scan.triton_program import PLACES, QUAD, SET, STRIDE, Program, Walk
+from mambamim_jax.ops.selective_scan.triton_program import PLACES, QUAD, SET, Program, Walk
 from mambamim_jax.ops.selective_scan.triton_totals import totals
 from mambamim_jax.ops.selective_scan.tuning import Launch, launch_for
 from mambamim_jax.types import Array
@@ -60,11 +61,11 @@ def refusal(inputs: ScanInputs, platform: str, capability: str) -> str | None:
 def forward(
     inputs: ScanInputs, reverse: bool, save: bool, launch: Launch | None = None
 ) -> tuple[Array, Array, Array | None]:
-    """`reference.scan`; with ``save`` also what `Program.put_saved` stores before every second chunk."""
+    """`reference.scan`; with ``save`` also what `Program.put_saved` stores, for `backward`."""
     launch = launch or _launch_of(inputs)
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]
     f = _padded(inputs, launch, save)
-    walk, segments = _walk(f, launch, "saves" if save else "inference", reverse)
+    walk, segments = plan.walk(f, launch, "saves" if save else "inference", reverse, _interpret)
     e, states = f.u.shape[2], f.A.shape[1]
     outputs = {"y": _flat(f.u), "last": _float(segments, b, states, e)}
     if save:
@@ -95,7 +96,7 @@ def backward(
     f = _padded(inputs, launch, True)
     e, states = f.u.shape[2], f.A.shape[1]
     dy, dlast = _widen(dy, e), None if dlast is None else _pad(dlast.mT, (states, e))
-    walk, segments = _walk(f, launch, "backward", reverse)
+    walk, segments = plan.walk(f, launch, "backward", reverse, _interpret)
     programs = _programs(f, walk)
     outputs = {
         "du": _flat(f.u),
@@ -139,7 +140,7 @@ def _launch_of(inputs: ScanInputs) -> Launch:
     """
     launch, (b, _, e) = _default_launch(), inputs.u.shape
     warps = 2 * launch.backward_warps
-    if e % (LANES // QUAD * launch.channels * warps) or _warps(b * e, launch.channels, QUAD) < launch.fill:
+    if e % (LANES // QUAD * launch.channels * warps) or plan.warps(b * e, launch.channels) < launch.fill:
         return launch
     return launch._replace(backward_warps=warps)
 
@@ -152,7 +153,7 @@ def _padded(inputs: ScanInputs, launch: Launch, save: bool) -> ScanInputs:
     e, n = inputs.A.shape
     channels = launch.inference_channels * launch.warps
     if save:
-        channels = max(_wide(launch) * launch.warps, launch.channels * launch.backward_warps)
+        channels = max(plan.wide(launch) * launch.warps, launch.channels * launch.backward_warps)
     block = LANES // QUAD * channels
     e, n = -(-e // block) * block, -(-n // SET) * SET
     if (e, n) == inputs.A.shape:
@@ -177,90 +178,6 @@ def _pad(x: Array, sizes: tuple[int, ...]) -> Array:
     """Zeros up to these sizes of the last axes."""
     more = [(0, size - found) for size, found in zip(sizes, x.shape[-len(sizes) :])]
     return jnp.pad(x, [(0, 0)] * (x.ndim - len(sizes)) + more)
-
-
-def _walk(f: ScanInputs, launch: Launch, work: str, reverse: bool) -> tuple[Walk, int]:
-    """The static facts of a launch, for inference, saves or backward, and the segments that the length is cut into.
-
-    Raises: ValueError for channels or a chunk that no kernel takes.
-    """
-    b, length, e = f.u.shape
-    chunk, channels, team, fill = launch.chunk, launch.channels, QUAD, launch.fill
-    if work == "inference":
-        chunk, channels, team, fill = _inference(launch, b, length, e)
-    if channels not in (1, 2, 4):
-        raise ValueError(f"found {channels} channels a quad, expected 1, 2 or 4")
-    if chunk < 1 or chunk % (QUAD // channels):
-        raise ValueError(
-            f"found a chunk of {chunk} tokens, expected a multiple of {QUAD // channels} at {channels} channels a quad"
-        )
-    wide = work == "saves" and _is_wide(launch, b, length, e)
-    if wide:
-        chunk, channels = chunk * STRIDE, _wide(launch)
-    chunks, warps = -(-length // chunk), _warps(b * e, channels, team)
-    per_segment = -(-chunks // _segments(launch, fill, warps, length))
-    if work == "backward" or (work == "saves" and not wide):
-        per_segment = -(-per_segment // STRIDE) * STRIDE
-    segments = -(-chunks // per_segment)
-    walk = Walk(
-        samples=b,
-        length=length,
-        chunk=chunk,
-        channels=channels,
-        team=team,
-        block=LANES * (launch.backward_warps if work == "backward" else launch.warps),
-        per_segment=per_segment,
-        reverse=reverse,
-        skip=0,
-        adjacent=work == "inference" and (team > QUAD or warps * segments <= launch.few),
-        shift=int(work != "inference" and not wide and channels < QUAD),
-        wide=wide,
-        interpret=_interpret,
-    )
-    return walk, segments
-
-
-def _wide(launch: Launch) -> int:
-    """Channels of a quad of the forward pass that saves, where warps are many."""
-    return min(2 * launch.channels, QUAD)
-
-
-def _is_wide(launch: Launch, b: int, length: int, e: int) -> bool:
-    """Whether the forward pass that saves has twice the channels of the backward pass, for less work a channel.
-
-    Not where its segments would be short; as in `_inference`.
-    """
-    if launch.channels == QUAD:
-        return False
-    warps = _warps(b * e, _wide(launch), QUAD)
-    return (
-        2 * warps > launch.few
-        or length // _segments(launch, launch.fill, warps, length) >= launch.halve_below
-    )
-
-
-def _warps(sequences: int, channels: int, team: int) -> int:
-    """Warps of one segment of so many sequences, a channel of a sample each."""
-    return max(sequences * team // (LANES * channels), 1)
-
-
-def _segments(launch: Launch, fill: int, warps: int, length: int) -> int:
-    """How many segments fill the card with warps, twice as many where they would be long and warps few."""
-    segments = max(min(fill // warps, length // launch.shortest), 1)
-    return 2 * segments if 2 * warps <= fill and length // segments >= launch.long else segments
-
-
-def _inference(launch: Launch, b: int, length: int, e: int) -> tuple[int, int, int, int]:
-    """Chunk, channels, team and fill; the last three for twice the warps, so that half as many segments are enough,
-    while a card that is far from filled would be by short segments.
-    """
-    chunk, channels, team, fill = launch.inference_chunk, launch.inference_channels, QUAD, launch.fill
-    while chunk % (2 * team // channels) == 0 and 2 * _warps(b * e, channels, team) <= launch.few:
-        segments = _segments(launch, fill, _warps(b * e, channels, team), length)
-        if length // segments >= launch.halve_below or (channels == 1 and (segments == 1 or team > QUAD)):
-            break
-        channels, team, fill = max(channels // 2, 1), team * (2 if channels == 1 else 1), launch.few
-    return chunk, channels, team, fill
 
 
 def _programs(f: ScanInputs, walk: Walk) -> int:

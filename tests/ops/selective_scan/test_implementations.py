@@ -12,6 +12,7 @@ from mambamim_jax.ops.selective_scan import (
     mosaic,
     selective_scan,
     triton,
+    triton_plan,
     tuning,
 )
 from tests import shapes
@@ -165,7 +166,7 @@ def test_triton_with_eight_lanes_a_channel(n, reverse, monkeypatch):
     launch = LAUNCH._replace(inference_chunk=8, few=64, halve_below=100)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
     shape = (2, 38, 40, n)
-    assert triton._inference(launch, 2, 38, 64) == (8, 1, 8, 64)
+    assert triton_plan.inference(launch, 2, 38, 64) == (8, 1, 8, 64)
     assert_close(
         run(random_inputs(shape), "pallas_triton", reverse), expected(shape, reverse)[0], 1e-5, "value"
     )
@@ -174,7 +175,7 @@ def test_triton_with_eight_lanes_a_channel(n, reverse, monkeypatch):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
 def test_triton_saves_states_with_as_many_channels_or_twice_as_many(reverse, monkeypatch):
     """As many where segments would be short."""
-    assert [triton._is_wide(some, *SMALL[:2], 64) for some in (WIDE, LAUNCH)] == [True, False]
+    assert [triton_plan.is_wide(some, *SMALL[:2], 64) for some in (WIDE, LAUNCH)] == [True, False]
     monkeypatch.setattr(triton, "_default_launch", lambda: WIDE if reverse else LAUNCH)
     out, gradients = values_and_gradients(random_inputs(SMALL), cotangents(SMALL), "pallas_triton", reverse)
     want, want_gradients = expected(SMALL, reverse)
@@ -222,7 +223,7 @@ def test_triton_halves_channels_where_segments_would_be_short(
     """At four channels two samples make four warps, so that 16 are filled by four segments: 17 or 75 tokens each."""
     launch = LAUNCH._replace(halve_below=halve_below, few=few, inference_chunk=4)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
-    assert triton._inference(launch, 2, length, 64)[:2] == (4, channels)
+    assert triton_plan.inference(launch, 2, length, 64)[:2] == (4, channels)
     inputs = random_inputs((2, length, 40, 3))
     assert_close(run(inputs, "pallas_triton"), run(inputs, "reference"), 1e-5, "inference")
 
@@ -234,7 +235,7 @@ def test_triton_cuts_long_segments_in_two(length, fill, segments, monkeypatch):
     """Four warps, segments of eight tokens at least and cut from 20 on, if twice the warps fit."""
     launch = WIDE._replace(fill=fill, long=20)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
-    assert triton._segments(launch, fill, 4, length) == segments
+    assert triton_plan.segments(launch, fill, 4, length) == segments
     inputs = random_inputs((2, length, 40, 3))
     assert_close(run(inputs, "pallas_triton"), run(inputs, "reference"), 1e-5, "inference")
 
