@@ -230,11 +230,12 @@ def sweep_launches(base: tuning.Launch, channels: int, mode: str) -> list[tuning
     quads = channels // (base.inference_channels if inference else base.channels)
     if quads // 8 < base.fill // 2:
         halves = (0, base.halve_below) if inference else (base.halve_below,)
-        return [
+        launches = [
             base._replace(fill=int(base.fill * scale), few=int(base.few * scale), halve_below=tokens)
             for scale in (0.5, 1, 2)
             for tokens in halves
         ]
+        return launches + [base._replace(ends_chunk=chunk) for chunk in (8, 14)]
     if inference:
         sizes = [(chunk, k) for k in (2, 4) for chunk in (4, 8)]
         return [base._replace(inference_chunk=chunk, inference_channels=k) for chunk, k in sizes]

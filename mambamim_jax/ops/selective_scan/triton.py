@@ -72,7 +72,7 @@ def forward(
         count, k = -(-length // (walk.chunk * walk.stride)), launch.channels
         outputs["saved"] = _float(b, count, states // SET * k, e // k * QUAD, QUAD)
     first = None if f.initial_state is None else f.initial_state.astype(jnp.float32).mT
-    entries, dt = _entries(f, None, first, walk, segments)
+    entries, dt = _entries(f, None, first, walk, segments, launch)
     given = {**_arrays(f), "first": entries, "dt": dt}
     aliases = None
     if dt is not None:
@@ -108,7 +108,7 @@ def backward(
         outputs["dz"] = _flat(f.z)
     if f.initial_state is not None:
         outputs["dfirst"] = _float(segments, b, states, e)
-    entries, _ = _entries(f, dy, dlast, walk, segments)
+    entries, _ = _entries(f, dy, dlast, walk, segments, launch)
     given = {**_arrays(f), "dy": _rows(dy), "saved": saved, "dlast": entries}
     out = _launch(kernels.backward, "backward", walk, (programs, b, segments), given, outputs)
     wide = {k: out[k].reshape(f.u.shape)[..., :width] for k in ("du", "ddelta", "dz") if k in out}
@@ -212,7 +212,7 @@ def _float(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _entries(
-    f: ScanInputs, dy: Array | None, edge: Array | None, walk: Walk, segments: int
+    f: ScanInputs, dy: Array | None, edge: Array | None, walk: Walk, segments: int, launch: Launch
 ) -> tuple[Array | None, Array | None]:
     """The state, or with ``dy`` its gradient, that enters each segment (segments, b, n, e).
 
@@ -231,7 +231,7 @@ def _entries(
     found = _launch(
         functools.partial(kernels.ends, adjoint=adjoint),
         "ends",
-        walk._replace(skip=int(adjoint)),
+        plan.ends(walk, launch)._replace(skip=int(adjoint)),
         (_programs(f, walk), b, walked),
         {**given, "dy": None if dy is None else _rows(dy)},
         outputs | ({"dt": _flat(f.u)} if keep else {}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
 from mambamim_jax.ops.selective_scan.triton_math import LANES
 from mambamim_jax.ops.selective_scan.triton_program import QUAD, STRIDE, Walk
@@ -28,9 +30,13 @@ def walk(f: ScanInputs, launch: Launch, work: str, reverse: bool, interpret: boo
         chunk, channels = chunk * STRIDE, wide(launch)
     chunks, some = -(-length // chunk), warps(b * e, channels, team)
     per_segment = -(-chunks // segments(launch, fill, some, length))
-    if work == "backward" or (work == "saves" and not doubled):
-        per_segment = -(-per_segment // STRIDE) * STRIDE
+    step = STRIDE if work == "backward" or (work == "saves" and not doubled) else 1
+    per_segment = -(-per_segment // step) * step
     count = -(-chunks // per_segment)
+    step = math.lcm(step, math.lcm(chunk, launch.ends_chunk) // chunk)
+    rounded = -(-per_segment // step) * step
+    if count > 1 and -(-chunks // rounded) == count:  # as many segments, and `ends` may have its own chunks
+        per_segment = rounded
     facts = Walk(
         samples=b,
         length=length,
@@ -47,6 +53,14 @@ def walk(f: ScanInputs, launch: Launch, work: str, reverse: bool, interpret: boo
         interpret=interpret,
     )
     return facts, count
+
+
+def ends(walk: Walk, launch: Launch) -> Walk:
+    """The walk of the launch that finds the ends of a walk's segments, in chunks of its own where they fit."""
+    chunk, tokens = launch.ends_chunk, walk.chunk * walk.per_segment
+    if tokens % chunk or chunk % walk.together:
+        return walk
+    return walk._replace(chunk=chunk, per_segment=tokens // chunk)
 
 
 def warps(sequences: int, channels: int, team: int = QUAD) -> int:

@@ -30,8 +30,11 @@ SMALL = (2, 7, 40, 3)
 CASES = [
     (shape, reverse) for shape in shapes.SCAN for reverse in (False, True) if not reverse or shape[3] < 16
 ]
-# Two tokens a chunk keep the interpreted programs small; segments of eight tokens, so that lengths are split.
-LAUNCH = tuning.Launch(2, 4, 2, 2, 1, 2, fill=16, shortest=8, halve_below=10**6, few=16, long=10**6)
+# Two tokens a chunk keep the interpreted programs small, four where ends of segments are found; segments of eight
+# tokens, so that lengths are split.
+LAUNCH = tuning.Launch(
+    2, 4, 2, 2, 1, 2, fill=16, shortest=8, halve_below=10**6, few=16, long=10**6, ends_chunk=4
+)
 WIDE = LAUNCH._replace(halve_below=0)
 """States are saved with four channels a quad, and inference has as many: larger programs."""
 
