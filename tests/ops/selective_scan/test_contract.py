@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
 
-from mambamim_jax.ops.selective_scan import api, selective_scan, triton, tuning
+from mambamim_jax.ops.selective_scan import api, selective_scan, triton, triton_plan, tuning
+from mambamim_jax.ops.selective_scan.contract import ScanInputs
 from tests.ops.selective_scan.cases import assert_close, random_inputs, run
 
 SHAPE = (2, 7, 8, 4)
@@ -70,6 +72,22 @@ def test_a_launch_that_no_kernel_takes_is_named(change, message):
     inputs = random_inputs(SHAPE)
     with pytest.raises(ValueError, match=message):
         triton.forward(inputs, False, True, tuning.TUNED[9, 0]._replace(**change))
+
+
+@pytest.mark.parametrize("work", ["inference", "saves", "backward"])
+@pytest.mark.parametrize(("b", "l"), [(1, 110592), (2, 1728), (4, 1728), (1, 13824), (2, 333)])
+def test_chunks_of_the_ends_cover_the_segments_and_cost_none(b, l, work):
+    launch, tokens = tuning.TUNED[9, 0], jax.ShapeDtypeStruct((b, l, 768), "float32")
+    inputs = ScanInputs(tokens, *[None] * 8)
+    (walk, count), (_, plain) = (
+        triton_plan.walk(inputs, some, work, False, False) for some in (launch, launch._replace(ends_chunk=1))
+    )
+    ends = triton_plan.ends(walk, launch)
+    assert ends.chunk * ends.per_segment == walk.chunk * walk.per_segment
+    assert ends.chunk in (walk.chunk, launch.ends_chunk)
+    assert count == plain > 1
+    if (b, l) == (1, 110592):
+        assert ends.chunk == launch.ends_chunk
 
 
 def test_no_tokens_is_an_error():
