@@ -30,10 +30,9 @@ SMALL = (2, 7, 40, 3)
 CASES = [
     (shape, reverse) for shape in shapes.SCAN for reverse in (False, True) if not reverse or shape[3] < 16
 ]
-# Two tokens a chunk keep the interpreted programs small, four where ends of segments are found; segments of eight
-# tokens, so that lengths are split.
+# Two tokens a chunk keep the interpreted programs small; segments of eight tokens, so that lengths are split.
 LAUNCH = tuning.Launch(
-    2, 4, 2, 2, 1, 2, fill=16, shortest=8, halve_below=10**6, few=16, long=10**6, ends_chunk=4
+    2, 4, 2, 2, 1, 2, fill=16, shortest=8, halve_below=10**6, few=16, long=10**6, ends_chunk=2
 )
 WIDE = LAUNCH._replace(halve_below=0)
 """States are saved with four channels a quad, and inference has as many: larger programs."""
@@ -235,8 +234,8 @@ def test_triton_halves_channels_where_segments_would_be_short(
     ("length", "fill", "segments"), [(79, 16, 4), (80, 16, 8), (400, 7, 1), (31, 64, 3)], ids=str
 )
 def test_triton_cuts_long_segments_in_two(length, fill, segments, monkeypatch):
-    """Four warps, segments of eight tokens at least and cut from 20 on, if twice the warps fit."""
-    launch = WIDE._replace(fill=fill, long=20)
+    """Four warps, segments of eight tokens at least and cut from 20 on, if they fit; ends in longer chunks."""
+    launch = WIDE._replace(fill=fill, long=20, ends_chunk=4)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
     assert triton_plan.segments(launch, fill, 4, length) == segments
     inputs = random_inputs((2, length, 40, 3))
@@ -245,9 +244,11 @@ def test_triton_cuts_long_segments_in_two(length, fill, segments, monkeypatch):
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
 def test_triton_with_more_segments_than_are_combined_at_once(reverse, monkeypatch):
-    """Four tokens a segment make 20, so that 19 ends are combined: a loop of 16 and three more."""
+    """Four tokens a segment make 20, so that 19 ends are combined, each of one chunk: a loop of 16 and three more."""
     shape = (1, 78, 8, 4)
-    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH._replace(fill=1600, shortest=4))
+    monkeypatch.setattr(
+        triton, "_default_launch", lambda: LAUNCH._replace(fill=1600, shortest=4, ends_chunk=4)
+    )
     out, gradients = values_and_gradients(random_inputs(shape), cotangents(shape), "pallas_triton", reverse)
     want, want_gradients = expected(shape, reverse)
     assert_close(out, want, 1e-5, "value")
