@@ -29,7 +29,7 @@ class Launch(NamedTuple):
     halve_below: int  # tokens of a segment below which inference halves its channels, where warps are few
     few: int  # warps that fill the card then; with so many each may take registers for reading B and C in fours
     long: int  # tokens of a segment from which there are twice as many, where warps are few
-    ends_chunk: int  # tokens unrolled where the ends of segments are found, if they are long
+    ends_chunk: int  # tokens unrolled where the ends of segments are found, if those divide into them
 
 
 # The row of (8, 0) is that of (9, 0) with its own fill, not measured.
