@@ -231,7 +231,12 @@ def sweep_launches(base: tuning.Launch, channels: int, mode: str) -> list[tuning
     if quads // 8 < base.fill // 2:
         halves = (0, base.halve_below) if inference else (base.halve_below,)
         launches = [
-            base._replace(fill=int(base.fill * scale), few=int(base.few * scale), halve_below=tokens)
+            base._replace(
+                fill=int(base.fill * scale),
+                backward_fill=int(base.backward_fill * scale),
+                few=int(base.few * scale),
+                halve_below=tokens,
+            )
             for scale in (0.5, 1, 2)
             for tokens in halves
         ]
@@ -239,8 +244,7 @@ def sweep_launches(base: tuning.Launch, channels: int, mode: str) -> list[tuning
     if inference:
         sizes = [(chunk, k) for k in (2, 4) for chunk in (4, 8)]
         return [base._replace(inference_chunk=chunk, inference_channels=k) for chunk, k in sizes]
-    together = 4 // base.channels
-    chunks = [chunk for chunk in (2, 4, 6) if chunk % together == 0]
+    chunks = [chunk for chunk in (4, 8, 12) if chunk % (8 // base.channels) == 0]
     return [base._replace(chunk=chunk, backward_warps=w) for chunk in chunks for w in (1, 2, 4)]
 
 

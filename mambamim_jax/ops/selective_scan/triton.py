@@ -69,7 +69,7 @@ def forward(
     e, states = f.u.shape[2], f.A.shape[1]
     outputs = {"y": _flat(f.u), "last": _float(segments, b, states, e)}
     if save:
-        count, k = -(-length // (walk.chunk * walk.stride)), launch.channels
+        count, k = -(-length // walk.chunk), launch.channels
         outputs["saved"] = _float(b, count, states // SET * k, e // k * QUAD, QUAD)
     first = None if f.initial_state is None else f.initial_state.astype(jnp.float32).mT
     entries, dt = _entries(f, None, first, walk, segments, launch)

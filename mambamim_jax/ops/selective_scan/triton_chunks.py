@@ -19,15 +19,23 @@ Data = dict[str, list[Any]]
 
 
 class Chunk:
-    """The tokens that are unrolled together; past the end of the sequence their rows are 0."""
+    """The tokens that are unrolled together, or some of them; past the end of the sequence their rows are 0."""
 
-    def __init__(self, program: Program, index: Array, tail: bool):
-        self.program, self.index, self.tail, self.count = program, index, tail, program.walk.chunk
+    def __init__(self, program: Program, index: Array, tail: bool, first: int = 0, count: int | None = None):
+        self.program, self.index, self.tail, self.first = program, index, tail, first
+        self.count = program.walk.chunk if count is None else count
+
+    def halves(self) -> tuple[Chunk, Chunk]:
+        """The earlier half of these tokens, and the later one."""
+        half = self.count // 2
+        earlier, later = (Chunk(self.program, self.index, self.tail, first, half) for first in (0, half))
+        return earlier, later
 
     def time(self, i: int | Array) -> Array:
         """The number of one of these tokens in time order."""
-        first, walk = self.index * self.count, self.program.walk
-        return (jnp.minimum(first, walk.length - self.count) if walk.overlaps else first) + i
+        walk = self.program.walk
+        start = self.index * walk.chunk
+        return (jnp.minimum(start, walk.length - walk.chunk) if walk.overlaps else start) + self.first + i
 
     def at(self, i: int) -> Array:
         """Where that token is in the sequence."""
@@ -37,11 +45,6 @@ class Chunk:
     def steps(self, i: int) -> int:
         """From the place of the first of these tokens to that of token i."""
         return -i if self.program.walk.reverse else i
-
-    def before(self) -> Chunk:
-        """The chunk before this one; the first one itself where there is none."""
-        tail = self.count > self.program.walk.length
-        return Chunk(self.program, jnp.maximum(self.index - 1, 0), tail)
 
     def after(self) -> Chunk:
         """The chunk after this one; itself where that is not whole."""
@@ -62,7 +65,7 @@ class Chunk:
         """Whether the lanes' own values of the group from token i on are inside the sequence, and new; None for all."""
         p = self.program
         if p.walk.overlaps:
-            return self.time(i) + p.turn >= self.index * self.count
+            return self.time(i) + p.turn >= self.index * p.walk.chunk
         return self.time(i) + p.turn < p.walk.length if self.tail else None
 
     def inside(self, i: int) -> Array | None:
@@ -117,7 +120,7 @@ class Chunk:
         upper = (p.lane & other) != 0
         for s, (b, c) in enumerate(zip(dB, dC)):
             total = jnp.where(upper, c, b) + p.math.exchange(jnp.where(upper, b, c), other)
-            rows.append(sums.put(self.index, i * len(dB) + s, total))
+            rows.append(sums.put(self.index, (self.first + i) * len(dB) + s, total))
         return rows
 
     def write_sums(self, sums: WarpSums, rows: list[Array]) -> None:
@@ -126,8 +129,9 @@ class Chunk:
         programs = p.width // p.walk.width
         for row, total in sums.totals(self.index, rows):
             i, inside = row // sets, None
-            if self.tail or len(rows) % sums.warps:
-                inside = (row < len(rows)) & (self.time(i) < p.walk.length)
+            if self.tail or p.walk.overlaps or len(rows) % sums.warps:
+                time = self.time(i)
+                inside = (row < len(rows)) & (self.index * p.walk.chunk <= time) & (time < p.walk.length)
             at = (self.at(0) + self.steps(1) * i) * sets + row % sets
             spot = p.spot("dBC", (at * programs + p.block) * LANES + p.lane % LANES)
             pltriton.store(spot, total, mask=inside)
@@ -187,7 +191,7 @@ class Group:
 
     def gated(self) -> tuple[Array, Array | None]:
         """The gradient before the gate, and the factor that turns the ungated y into the gate's gradient."""
-        dy = self.row("dy")
+        dy = self.or_zero(self.row("dy"))
         if "z" not in self.data:
             return dy, None
         z = self.row("z")
@@ -215,13 +219,11 @@ def fold(
     body: Any,
     carry: Any,
     read: Any,
-    settle: Any = lambda chunk, data: data,
     backwards: bool = False,
 ) -> Any:
     """Folds over the segment's chunks ``carry, fetched = body(chunk, data, carry, fetch)``.
 
-    ``data = settle(chunk, read(chunk))``: a chunk is read while the one before it is worked on, where ``body`` calls
-    ``fetch()``, and settled after that.
+    ``data = read(chunk)``: a chunk is read while the one before it is worked on, where ``body`` calls ``fetch()``.
     """
     walk = program.walk
     whole, chunks = walk.whole, -(-walk.length // walk.chunk)
@@ -233,16 +235,15 @@ def fold(
         return Chunk(program, index, False)
 
     def step(count: Array, carry: Any) -> Any:
-        carry, fetched = body(place(count), carry[1], carry[0], lambda: read(place(count + 1)))
-        return carry, settle(place(count + 1), fetched)
+        return body(place(count), carry[1], carry[0], lambda: read(place(count + 1)))
 
     def inner(carry: Any) -> Any:
         first = place(jnp.int32(0))
-        return jax.lax.fori_loop(0, end - start, step, (carry, settle(first, read(first))))[0]
+        return jax.lax.fori_loop(0, end - start, step, (carry, read(first)))[0]
 
     def last(index: Array, carry: Any) -> Any:
         chunk = Chunk(program, index, True)
-        return body(chunk, settle(chunk, read(chunk)), carry, lambda: None)[0]
+        return body(chunk, read(chunk), carry, lambda: None)[0]
 
     def tail(carry: Any) -> Any:
         stop = jnp.minimum(start + walk.per_segment, chunks)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import pallas as pl
+import jax.numpy as jnp
 
 from mambamim_jax.ops.selective_scan.triton_chunks import Chunk, Data, Group, fold
 from mambamim_jax.ops.selective_scan.triton_math import LOG2E
-from mambamim_jax.ops.selective_scan.triton_program import QUAD, STRIDE, Program, State, Vectors
+from mambamim_jax.ops.selective_scan.triton_program import QUAD, Program, State, Vectors
 from mambamim_jax.ops.selective_scan.triton_sums import WarpSums
 from mambamim_jax.types import Array
 
@@ -34,7 +34,7 @@ def over_channels(p: Program, state: State, weights: Vectors) -> Vectors:
 
 
 def forward(p: Program) -> None:
-    """y and the last state; also the state before every second chunk, where there is a ref ``saved`` for it."""
+    """y and the last state; also the state before every chunk, where there is a ref ``saved`` for it."""
 
     def read(chunk: Chunk) -> Data:
         return chunk.read(("u", "delta", "dt", "z", "B", "C"))
@@ -44,11 +44,7 @@ def forward(p: Program) -> None:
 
         def work(h: State) -> tuple[State, None]:
             if "saved" in p.refs:
-                stride = p.walk.stride
-                if stride == 1:
-                    p.put_saved(chunk.index, h)
-                else:
-                    pl.when(chunk.index % stride == 0)(lambda: p.put_saved(chunk.index // stride, h))
+                p.put_saved(chunk.index, h)
             for group in chunk.groups(data):
                 parts = []
                 for turn in group.turns:
@@ -141,29 +137,42 @@ class Trail(NamedTuple):
 def backward(p: Program) -> None:
     """Gradients of one segment, from its last chunk to its first.
 
-    A chunk's states are recomputed from the one before it and stay in registers; where that was not saved, it is
-    found by walking through the chunk before. G is the gradient of the state: G_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}.
+    The state before a chunk was saved. One walk through the earlier half leads to the later half, whose states and
+    decays are kept in registers until its gradients are made; then the earlier half is walked again for its own.
+    G is the gradient of the state: G_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}.
     """
 
     def read(chunk: Chunk) -> tuple[State, Data, Data]:
-        behind = chunk.before().read(("u", "delta", "B"))
-        return p.saved(chunk.index // STRIDE), behind, chunk.read(("u", "delta", "z", "dy", "B", "C"))
+        earlier, later = chunk.halves()
+        names = ("u", "delta", "B")
+        return p.saved(chunk.index), earlier.read(names), later.read((*names, "z", "dy", "C"))
 
-    def settle(chunk: Chunk, data: tuple[State, Data, Data]) -> tuple[State, Data]:
-        saved, behind, rows = data
+    def body(chunk: Chunk, data: tuple[State, Data, Data], carry: Carry, fetch: Fetch) -> tuple[Carry, Any]:
+        (saved, first_rows, rows), (earlier, later) = data, chunk.halves()
+        h = saved
+        for group in earlier.groups(first_rows):
+            for turn in group.turns:
+                h = group.step(h, turn)[1]
+        groups = later.groups(rows)
+        trails = recomputed(groups, h)
+        carry, behind = half_gradients(
+            groups, trails, carry, lambda: earlier.read(("z", "dy", "C")), chunk, 0
+        )
+        more, before = behind
+        # Sums with zeros that the compiler takes for something else: it would keep the first walk's exponentials, and
+        # make the gate of the earlier half as soon as its reading has begun.
+        again = {**first_rows, **{name: _plus(first_rows[name], p.A[0][0] * 0.0) for name in ("delta", "B")}}
+        groups = earlier.groups(again)
+        trails = recomputed(groups, saved)
+        nothing = trails[-1][0].before[0][0] * 0.0
+        for group in groups:
+            group.data = {**again, **{name: _plus(x, nothing) for name, x in more.items()}}
+        carry, (following, first) = half_gradients(groups, trails, carry, fetch, chunk, 2)
+        chunk.write_sums(sums, first + before)
+        return carry, following
 
-        def walked() -> State:
-            h = saved
-            for group in chunk.before().groups(behind):
-                for turn in group.turns:
-                    h = group.step(h, turn)[1]
-            return h
-
-        return jax.lax.cond(chunk.index % STRIDE == 0, lambda: saved, walked), rows
-
-    def body(chunk: Chunk, data: tuple[State, Data], carry: Carry, fetch: Fetch) -> tuple[Carry, Any]:
-        h, rows = data
-        groups, trails = chunk.groups(rows), []
+    def recomputed(groups: list[Group], h: State) -> list[list[Trail]]:
+        trails = []
         for group in groups:
             trail = []
             for turn in group.turns:
@@ -171,14 +180,19 @@ def backward(p: Program) -> None:
                 trail.append(Trail(decays, h, after))
                 h = after
             trails.append(trail)
+        return trails
+
+    def half_gradients(
+        groups: list[Group], trails: list[list[Trail]], carry: Carry, fetch: Fetch, chunk: Chunk, slack: int
+    ) -> tuple[Carry, tuple[Any, list[Array]]]:
+        """The gradients of half a chunk; reads halfway through it."""
         half = len(groups) // 2
         carry, later = gradients(groups[half:], trails[half:], carry)
-        following, earlier = fetch(), list[Array]()
+        fetched, earlier = fetch(), list[Array]()
         if half:
             work = functools.partial(gradients, groups[:half], trails[:half])
-            carry, earlier = p.apart(work, carry, chunk.index)
-        chunk.write_sums(sums, earlier + later)
-        return carry, following
+            carry, earlier = p.apart(work, carry, chunk.index, slack)
+        return carry, (fetched, earlier + later)
 
     def gradients(groups: list[Group], trails: list[list[Trail]], carry: Carry) -> tuple[Carry, list[Array]]:
         rows: list[Array] = []
@@ -189,12 +203,17 @@ def backward(p: Program) -> None:
 
     sums = WarpSums(p.math, p.lane, p.walk.chunk * len(p.states) // QUAD)
     start = p.state("dlast"), p.nothing(), p.zeros(), p.zeros()
-    g, dA, dD, dbias = fold(p, body, start, read, settle, backwards=True)
+    g, dA, dD, dbias = fold(p, body, start, read, backwards=True)
     if "dfirst" in p.refs:
         p.put_state("dfirst", g)
     p.put_state("sums", dA)
     for row, vector in enumerate((dbias, dD)):
         p.put_vector("sums", vector, len(p.states) * QUAD + row)
+
+
+def _plus(rows: list[Any], zero: Array) -> list[Any]:
+    """Rows of an array, plus zero."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) + zero, rows)
 
 
 def _group_gradients(

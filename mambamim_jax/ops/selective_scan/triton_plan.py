@@ -6,7 +6,7 @@ import math
 
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
 from mambamim_jax.ops.selective_scan.triton_math import LANES
-from mambamim_jax.ops.selective_scan.triton_program import QUAD, STRIDE, Walk
+from mambamim_jax.ops.selective_scan.triton_program import QUAD, Walk
 from mambamim_jax.ops.selective_scan.tuning import Launch
 
 
@@ -21,22 +21,24 @@ def walk(f: ScanInputs, launch: Launch, work: str, reverse: bool, interpret: boo
         chunk, channels, team, fill = inference(launch, b, length, e)
     if channels not in (1, 2, 4):
         raise ValueError(f"found {channels} channels a quad, expected 1, 2 or 4")
-    if chunk < 1 or chunk % (QUAD // channels):
+    unit = QUAD // channels * (1 if work == "inference" else 2)  # a group, or one of each half backward
+    if chunk < 1 or chunk % unit:
         raise ValueError(
-            f"found a chunk of {chunk} tokens, expected a multiple of {QUAD // channels} at {channels} channels a quad"
+            f"found a chunk of {chunk} tokens, expected a multiple of {unit} at {channels} channels a quad"
         )
     doubled = work == "saves" and is_wide(launch, b, length, e)
     if doubled:
-        chunk, channels = chunk * STRIDE, wide(launch)
+        channels = wide(launch)
     chunks, some = -(-length // chunk), warps(b * e, channels, team)
+    if work == "backward" and length // segments(launch, fill, some, length) < launch.long:
+        fill = launch.backward_fill
     per_segment = -(-chunks // segments(launch, fill, some, length))
-    step = STRIDE if work == "backward" or (work == "saves" and not doubled) else 1
-    per_segment = -(-per_segment // step) * step
     count = -(-chunks // per_segment)
-    step = math.lcm(step, math.lcm(chunk, launch.ends_chunk) // chunk)
+    step = math.lcm(chunk, launch.ends_chunk) // chunk
     rounded = -(-per_segment // step) * step
     if count > 1 and -(-chunks // rounded) == count:  # as many segments, and `ends` may have its own chunks
         per_segment = rounded
+    adjacent = work == "inference" and (team > QUAD or some * count <= launch.few)
     facts = Walk(
         samples=b,
         length=length,
@@ -47,8 +49,9 @@ def walk(f: ScanInputs, launch: Launch, work: str, reverse: bool, interpret: boo
         per_segment=per_segment,
         reverse=reverse,
         skip=0,
-        adjacent=work == "inference" and (team > QUAD or some * count <= launch.few),
+        adjacent=adjacent,
         shift=int(work != "inference" and not doubled and channels < QUAD),
+        rejoins=adjacent or work == "backward",
         wide=doubled,
         interpret=interpret,
     )

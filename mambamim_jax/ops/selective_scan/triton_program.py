@@ -31,8 +31,6 @@ from mambamim_jax.types import Array
 QUAD = 4
 SET = 16
 """States of a set: four lanes with four each."""
-STRIDE = 2
-"""Chunks from one saved state to the next."""
 PLACES = 2**30
 """Arrays with fewer elements reach the kernels flat, see `Program.spot`."""
 
@@ -55,6 +53,7 @@ class Walk(NamedTuple):
     skip: int  # segments before the first program's
     adjacent: bool  # a lane's states of a set follow each other
     shift: int  # otherwise as many quads with the same states, 2**shift, stand side by side
+    rejoins: bool  # a last chunk that is not full starts earlier, see `overlaps`
     wide: bool  # a forward pass that saves, a quad with the channels that two have in the backward pass
     interpret: bool  # run by the Pallas interpreter, which knows no inline assembly
 
@@ -64,14 +63,9 @@ class Walk(NamedTuple):
         return self.block // self.team * self.channels
 
     @property
-    def stride(self) -> int:
-        """Chunks from one saved state to the next."""
-        return 1 if self.wide else STRIDE
-
-    @property
     def overlaps(self) -> bool:
         """Whether the last chunk ends with the sequence and takes tokens of the one before again, without effect."""
-        return self.adjacent and self.length >= self.chunk and self.length % self.chunk > 0
+        return self.rejoins and self.length >= self.chunk and self.length % self.chunk > 0
 
     @property
     def whole(self) -> int:
@@ -211,11 +205,14 @@ class Program:
         vectors = [x.reshape(-1) for four in fours for x in jnp.split(four, QUAD, axis=1)]
         return [vectors[k * count : (k + 1) * count] for k in self.channels]
 
-    def apart(self, work: Callable[[Any], tuple[Any, Any]], carry: Any, time: Array) -> tuple[Any, Any]:
+    def apart(
+        self, work: Callable[[Any], tuple[Any, Any]], carry: Any, time: Array, slack: int = 0
+    ) -> tuple[Any, Any]:
         """``work(carry)``, a carry and more, in a branch of its own, so that loads before it stay there.
 
         It is always taken, as ``time`` is a chunk's number; but the compiler, which knows of no sample or segment
-        but that it is below 65,535, cannot tell.
+        but that it is below 65,535, cannot tell. Where there are several, each has a ``slack`` of its own, from 0 to
+        2: otherwise it would see that one is taken where another was.
         """
 
         def never(carry: Any) -> tuple[Any, Any]:
@@ -224,7 +221,8 @@ class Program:
 
         walk = self.walk
         chunks = -(-walk.length // walk.chunk)
-        taken = time + self.sample + self.segment < chunks + walk.samples - chunks // -walk.per_segment
+        most = chunks + walk.samples - chunks // -walk.per_segment - slack
+        taken = time + self.sample + self.segment < most
         return jax.lax.cond(taken, work, never, carry)
 
     def decays(self, deltas: Vectors) -> State:

@@ -16,7 +16,7 @@ class Launch(NamedTuple):
 
     inference_chunk: int  # tokens unrolled where no states are saved
     inference_channels: int  # channels of a quad there
-    chunk: int  # tokens unrolled where states are saved, one every second chunk
+    chunk: int  # tokens from one saved state to the next, unrolled; the backward pass keeps half of them in registers
     channels: (
         int  # channels of a quad in the backward pass; a forward pass that saves has up to twice as many
     )
@@ -29,13 +29,14 @@ class Launch(NamedTuple):
     halve_below: int  # tokens of a segment below which inference halves its channels, where warps are few
     few: int  # warps that fill the card then; with so many each may take registers for reading B and C in fours
     long: int  # tokens of a segment from which there are twice as many, where warps are few
+    backward_fill: int  # warps that fill it in the backward pass, where segments are shorter than that
     ends_chunk: int  # tokens unrolled where the ends of segments are found, if those divide into them
 
 
 # The row of (8, 0) is that of (9, 0) with its own fill, not measured.
 TUNED = {
-    (8, 0): Launch(8, 4, 4, 2, 1, 2, 108 * 12, 48, 128, 108 * 8, 1024, 10),
-    (9, 0): Launch(8, 4, 4, 2, 1, 2, 132 * 12, 48, 128, 132 * 8, 1024, 10),
+    (8, 0): Launch(8, 4, 8, 2, 1, 2, 108 * 12, 48, 128, 108 * 8, 1024, 108 * 8, 10),
+    (9, 0): Launch(8, 4, 8, 2, 1, 2, 132 * 12, 48, 128, 132 * 8, 1024, 132 * 8, 10),
 }
 
 

@@ -66,7 +66,7 @@ def test_launch_of_an_unlisted_card_is_the_older_row():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"chunk": 3}, "chunk of 3 .* multiple of 2"), ({"channels": 3}, "3 channels")]
+    ("change", "message"), [({"chunk": 3}, "chunk of 3 .* multiple of 4"), ({"channels": 3}, "3 channels")]
 )
 def test_a_launch_that_no_kernel_takes_is_named(change, message):
     inputs = random_inputs(SHAPE)

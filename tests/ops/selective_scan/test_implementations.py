@@ -30,9 +30,21 @@ SMALL = (2, 7, 40, 3)
 CASES = [
     (shape, reverse) for shape in shapes.SCAN for reverse in (False, True) if not reverse or shape[3] < 16
 ]
-# Two tokens a chunk keep the interpreted programs small; segments of eight tokens, so that lengths are split.
+# Two or four tokens a chunk keep the interpreted programs small; segments of eight tokens, so that lengths are split.
 LAUNCH = tuning.Launch(
-    2, 4, 2, 2, 1, 2, fill=16, shortest=8, halve_below=10**6, few=16, long=10**6, ends_chunk=2
+    2,
+    4,
+    4,
+    2,
+    1,
+    2,
+    fill=16,
+    shortest=8,
+    halve_below=10**6,
+    few=16,
+    long=10**6,
+    backward_fill=16,
+    ends_chunk=2,
 )
 WIDE = LAUNCH._replace(halve_below=0)
 """States are saved with four channels a quad, and inference has as many: larger programs."""
@@ -137,13 +149,15 @@ def test_sequential_with_an_odd_number_of_channels(reverse):
     assert_close(gradients, want_gradients, 1e-4, "gradient")
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4])
-def test_triton_with_any_channels_of_a_quad(channels, monkeypatch):
-    launch = WIDE._replace(chunk=4, channels=channels, inference_chunk=4, inference_channels=channels)
+@pytest.mark.parametrize(("channels", "chunk"), [(1, 8), (2, 8), (4, 4)])
+def test_triton_with_any_channels_of_a_quad(channels, chunk, monkeypatch):
+    """One or two groups of tokens in half a chunk; some of the last chunk's were in the one before."""
+    launch = WIDE._replace(chunk=chunk, channels=channels, inference_chunk=4, inference_channels=channels)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
-    inputs = random_inputs(SMALL)
-    out, gradients = values_and_gradients(inputs, cotangents(SMALL), "pallas_triton")
-    want, want_gradients = expected(SMALL)
+    shape = (2, 11, 40, 3)
+    inputs = random_inputs(shape)
+    out, gradients = values_and_gradients(inputs, cotangents(shape), "pallas_triton")
+    want, want_gradients = expected(shape)
     assert_close(out, want, 1e-5, "value")
     assert_close(gradients, want_gradients, 1e-4, "gradient")
     assert_close(run(inputs, "pallas_triton"), want, 1e-5, "inference")
@@ -195,9 +209,9 @@ def test_triton_backward_programs_of_many_warps(fill, width, warps, monkeypatch)
     assert_close(gradients, expected(shape)[1], 1e-4, "gradient")
 
 
-@pytest.mark.parametrize(("warps", "n"), [(1, 20), (4, 3), (4, 20)])
+@pytest.mark.parametrize(("warps", "n"), [(1, 20), (4, 3), (8, 3)])
 def test_triton_with_any_warps_of_a_program(warps, n, monkeypatch):
-    """Rows of dB and dC for two tokens and one or two sets of states: more, as many and fewer than warps."""
+    """Rows of dB and dC for four tokens and one or two sets of states: more, as many and fewer than warps."""
     shape = (*SMALL[:3], n)
     monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH._replace(backward_warps=warps))
     gradients = values_and_gradients(random_inputs(shape), cotangents(shape), "pallas_triton")[1]
@@ -245,7 +259,9 @@ def test_triton_with_more_segments_than_are_combined_at_once(reverse, monkeypatc
     """Four tokens a segment make 20, so that 19 ends are combined, each of one chunk: a loop of 16 and three more."""
     shape = (1, 78, 8, 4)
     monkeypatch.setattr(
-        triton, "_default_launch", lambda: LAUNCH._replace(fill=1600, shortest=4, ends_chunk=4)
+        triton,
+        "_default_launch",
+        lambda: LAUNCH._replace(fill=1600, shortest=4, ends_chunk=4, backward_fill=1600),
     )
     out, gradients = values_and_gradients(random_inputs(shape), cotangents(shape), "pallas_triton", reverse)
     want, want_gradients = expected(shape, reverse)

@@ -35,7 +35,7 @@ def _custom_calls(function, shape, dtype, name="__gpu$xla.gpu.triton"):
     ("length", "forward", "gradient"), [(10, 1, 3), (110_592, 3, 7)], ids=["whole", "segmented"]
 )
 def test_lowers_to_one_call_a_kernel(kind, capability, length, forward, gradient, monkeypatch):
-    launch = tuning.launch_for(capability)._replace(inference_chunk=2, chunk=2)
+    launch = tuning.launch_for(capability)._replace(inference_chunk=2, chunk=4)
     monkeypatch.setattr(triton, "_default_launch", lambda: launch)
 
     def scan(*arrays):
