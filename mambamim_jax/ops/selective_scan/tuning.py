@@ -18,12 +18,10 @@ class Launch(NamedTuple):
     inference_channels: int  # channels of a quad there
     chunk: int  # tokens from one saved state to the next, unrolled; the backward pass keeps half of them in registers
     channels: (
-        int  # channels of a quad in the backward pass; a forward pass that saves has up to twice as many
+        int  # channels of a quad in the backward pass; at most twice as many in a forward pass that saves
     )
     warps: int  # warps of a forward program
-    backward_warps: (
-        int  # warps of a backward program; twice as many where they fill the card without segments
-    )
+    backward_warps: int  # of a backward program; twice as many where they fill the card without segments
     fill: int  # warps that fill the card; where a launch has fewer, the length is split into segments
     shortest: int  # tokens below which a segment is not split further
     halve_below: int  # tokens of a segment below which inference halves its channels, where warps are few
