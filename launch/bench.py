@@ -1,4 +1,4 @@
-"""Benchmarks: python launch/bench.py {step,toki,scan,loader,preprocess,predict,scaling,saving,space} [options].
+"""Benchmarks: python launch/bench.py {step,toki,scan,mixer,loader,preprocess,predict,scaling,saving,space} [options].
 
 NAME --help lists the options.
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-NAMES = ("step", "toki", "scan", "loader", "preprocess", "predict", "scaling", "saving", "space")
+NAMES = ("step", "toki", "scan", "mixer", "loader", "preprocess", "predict", "scaling", "saving", "space")
 
 
 def main(argv: list[str]) -> int:

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from mambamim_jax.bench import loader, predict, profile, scan, step, toki
+from mambamim_jax.bench import loader, mixer, predict, profile, scan, step, toki
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.ops.selective_scan import triton_plan, tuning
@@ -152,6 +153,7 @@ def test_scan_checks_its_arguments_before_any_work(argument, said, capsys):
         ),
         (step, "--batch=4,0", "--batch: found 0, expected a whole number, at least 1"),
         (step, "--warm-up=x", "--warm-up: found x, expected a whole number, at least 0"),
+        (mixer, "--dtypes=float16", "--dtypes: found 'float16', expected some of float32, bfloat16"),
         (toki, "--threads=-1", "--threads: found -1, expected a whole number, at least 0"),
         (toki, "--active=217", "--active: found 217, expected at most 216"),
         (predict, "--volume=9,9", "--volume: found 9,9, expected 3 whole numbers separated by commas"),
@@ -217,3 +219,45 @@ def test_the_sweep_of_the_scan_tries_what_its_kernels_take(mode, b):
     for launch in launches:
         for work in ("inference",) if mode == "forward" else ("saves", "backward"):
             triton_plan.walk(inputs, launch, work, False, False)  # raises for a wrong one
+
+
+def test_the_mixer_is_timed_in_both_precisions_beside_its_convolution(capsys):
+    assert mixer.main(["--grid=1x5", "--channels=32", "--rounds=1", "--iterations=2"]) == 0
+    rows = [
+        line.split("|")[2:4] for line in capsys.readouterr().out.splitlines() if line.startswith("| 1, 5")
+    ]
+    sides = [
+        f"{what}, {dtype}" for dtype in ("float32", "bfloat16") for what in ("mixer", "convolution alone")
+    ]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        [mode, side] for mode in mixer.MODES for side in sides
+    ]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_another_mixer_is_compared_with_ours_before_it_is_timed(factor, monkeypatch):
+    class Other:
+        def __init__(self, weights, x, g):
+            assert set(weights) >= {"in_proj/kernel", "x_proj/kernel", "dt_proj/kernel", "out_proj/kernel"}
+            assert set(weights) >= {"conv_kernel", "conv_bias", "A_log", "D", "dt_bias"}
+            self.result = factor * np.asarray(nnx.merge(*inputs[0])(x))
+
+        def once(self, mode, dtype):
+            assert (mode, dtype) == ("forward", "float32")
+            return self
+
+        def detach(self):
+            return self
+
+        cpu = detach
+
+        def numpy(self):
+            return self.result
+
+    inputs = mixer.make_inputs(1, 5, 32)
+    monkeypatch.setattr(mixer, "MambaInner", Other)
+    if factor == 1:
+        assert isinstance(mixer.theirs(*inputs), Other)
+    else:
+        with pytest.raises(ValueError, match="found a result 0.1 from ours"):
+            mixer.theirs(*inputs)

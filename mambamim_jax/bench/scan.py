@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
@@ -25,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mambamim_jax.bench.mamba_ssm_kernel import mamba_ssm
+from mambamim_jax.bench.repeat import Compile, Run, alternate, copies_for, repeated
 from mambamim_jax.bench.tables import print_table
 from mambamim_jax.checks import LineParser, whole
 from mambamim_jax.ops.selective_scan import api, triton, tuning
@@ -39,10 +38,6 @@ CEILINGS = {
 """Bytes, floating-point operations and exponentials a second."""
 NEEDS = {"forward": (4, 137, 20), "forward + backward": (11, 560, 58)}
 """Per (b, l, e) at n = 16: array elements moved, floating-point operations, exponentials."""
-COPIED_ELEMENTS = 32_000_000
-"""(b, l, e) elements up to which a loop's body holds several runs, so that the loop's own cost does not show."""
-Run = Callable[[], float]
-Compile = Callable[[], tuple[Run, int]]
 
 
 def make_inputs(b: int, l: int, e: int, n: int, dtype: str) -> ScanInputs:
@@ -61,15 +56,10 @@ def make_inputs(b: int, l: int, e: int, n: int, dtype: str) -> ScanInputs:
 def ours(
     inputs: ScanInputs, mode: str, iterations: int, name: str, launch: tuning.Launch | None = None
 ) -> Compile:
-    """A function that compiles; it gives one that times ``iterations`` runs, in seconds a run, and a run's scratch.
-
-    Compiling several sides at once is safe and saves minutes.
-    """
+    """Many runs of one implementation, with this launch of the kernels or the tuned one."""
     scan: Any = api.selective_scan
-    copies = min(max(COPIED_ELEMENTS // inputs.u.size, 1), 16, iterations)
-    turns = iterations // copies
+    copies = copies_for(inputs.u.size, iterations)
 
-    @jax.jit  # so that copies of it are lowered once
     def once(inputs: ScanInputs) -> Any:
         if launch is not None:
             saved: Any
@@ -83,37 +73,17 @@ def ours(
         y, pull = jax.vjp(functools.partial(scan, implementation=name), *arrays)
         return y, pull(y)
 
-    def many(inputs: ScanInputs, biases: list[jax.Array]) -> Any:
-        def body(_: Any, carry: Any) -> Any:
-            (inputs, biases), _ = carry
-            found = [once(inputs._replace(delta_bias=bias)) for bias in biases]
-            return jax.lax.optimization_barrier(((inputs, biases), found))
-
-        one = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(once, inputs))
-        return jax.lax.fori_loop(0, turns, body, ((inputs, biases), [one for _ in biases]))[1]
+    def calls(given: Any) -> list[tuple[ScanInputs]]:
+        inputs, biases = given
+        return [(inputs._replace(delta_bias=bias),) for bias in biases]
 
     assert inputs.delta_bias is not None
     biases = [inputs.delta_bias + k / 1000 for k in range(copies)]
-    single: Any = once.lower(inputs)
-    repeated: Any = jax.jit(many).lower(inputs, biases) if iterations > 1 else None
-    given = (inputs, biases) if iterations > 1 else (inputs,)
-
-    def compiled() -> tuple[Run, int]:
-        alone: Any = single.compile()
-        call: Any = alone if repeated is None else repeated.compile()
-
-        def run() -> float:
-            start = time.perf_counter()
-            jax.block_until_ready(call(*given))
-            return (time.perf_counter() - start) / (turns * copies)
-
-        return run, alone.memory_analysis().temp_size_in_bytes
-
-    return compiled
+    return repeated(once, calls, (inputs, biases), iterations // copies, scratch=True)
 
 
-def _iterations(elements: int) -> int:
-    """Enough runs in one launch that its own cost does not show."""
+def iterations_for(elements: int) -> int:
+    """Enough runs of so many elements (b, l, e) in one launch that its own cost does not show."""
     return max(4, min(500, 1_500_000_000 // elements))
 
 
@@ -128,30 +98,14 @@ def floor_seconds(b: int, l: int, e: int, mode: str, dtype: str) -> float | None
     return b * l * e * max(need / rate for need, rate in zip(needs, ceilings))
 
 
-def alternate(sides: dict[str, Run], rounds: int) -> dict[str, tuple[float, float]]:
-    """Each side's median seconds, and median processor seconds, over rounds in which each runs once."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, run in sides.items():
-            run()  # untimed: the first run after another side also pays for the memory which that one gave back
-            wall, processor = time.perf_counter(), time.process_time()
-            seconds = run()
-            busy = (time.process_time() - processor) / (time.perf_counter() - wall)
-            times[name].append((seconds, seconds * busy))
-    return {
-        name: (statistics.median(wall), statistics.median(processor))
-        for name, (wall, processor) in ((name, zip(*values)) for name, values in times.items())
-    }
-
-
 def measure(
     b: int, l: int, mode: str, options: argparse.Namespace, pool: Executor
 ) -> Callable[[], list[list[str]]]:
     """Begins to compile one size's sides; gives a function that measures them for the table's rows."""
     e, n = options.width, options.state
     inputs = make_inputs(b, l, e, n, options.dtype)
-    iterations = options.iterations or _iterations(b * l * e)
-    begun: dict[str, Future[tuple[Run, int]]] = {}
+    iterations = options.iterations or iterations_for(b * l * e)
+    begun: dict[str, Future[tuple[Run, int | None]]] = {}
 
     def failed(name: str, error: Exception) -> None:
         print(f"{name} at {b} x {l}, {mode}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
@@ -167,7 +121,7 @@ def measure(
 
     def rows() -> list[list[str]]:
         sides: dict[str, Run] = {}
-        memory: dict[str, int] = {}
+        memory: dict[str, int | None] = {}
         for name, future in begun.items():
             try:
                 sides[name], memory[name] = future.result()
@@ -186,7 +140,12 @@ def measure(
 
 
 def _rows(
-    b: int, l: int, mode: str, sides: dict[str, Run], memory: dict[str, int], options: argparse.Namespace
+    b: int,
+    l: int,
+    mode: str,
+    sides: dict[str, Run],
+    memory: dict[str, int | None],
+    options: argparse.Namespace,
 ) -> list[list[str]]:
     times = alternate(sides, options.rounds)
     floor, first = floor_seconds(b, l, options.width, mode, options.dtype), next(iter(times.values()))
@@ -198,7 +157,7 @@ def _rows(
             name,
             f"{seconds * 1e6:.1f}",
             "–" if floor is None else f"{100 * floor / seconds:.0f}%",
-            f"{memory[name] / 2**20:.1f}" if name in memory else "–",
+            "–" if (scratch := memory.get(name)) is None else f"{scratch / 2**20:.1f}",
             f"{seconds / first[0]:.2f}",
             f"{processor * 1e6:.1f}" if on_cpu else "–",
             f"{processor / first[1]:.2f}" if on_cpu else "–",
@@ -210,7 +169,7 @@ def _rows(
 def sweep(b: int, l: int, options: argparse.Namespace, pool: Executor) -> list[list[str]]:
     """The rows of the sweep from which `tuning.TUNED` is chosen."""
     inputs = make_inputs(b, l, options.width, options.state, options.dtype)
-    iterations = _iterations(b * l * options.width)
+    iterations = iterations_for(b * l * options.width)
     base = triton._default_launch()
     rows = []
     for mode in NEEDS:
@@ -242,20 +201,24 @@ def sweep_launches(base: tuning.Launch, channels: int, mode: str) -> list[tuning
         ]
         return launches + [base._replace(ends_chunk=chunk) for chunk in (8, 14)]
     if inference:
-        sizes = [(chunk, k) for k in (2, 4) for chunk in (4, 8)]
-        return [base._replace(inference_chunk=chunk, inference_channels=k) for chunk, k in sizes]
+        tried = [(chunk, k) for k in (2, 4) for chunk in (4, 8)]
+        return [base._replace(inference_chunk=chunk, inference_channels=k) for chunk, k in tried]
     chunks = [chunk for chunk in (4, 8, 12) if chunk % (8 // base.channels) == 0]
     return [base._replace(chunk=chunk, backward_warps=w) for chunk in chunks for w in (1, 2, 4)]
 
 
-def _sizes(text: str) -> list[tuple[int, int]]:
+def sizes(text: str) -> list[tuple[int, int]]:
+    """The pairs of "4x54,64x216".
+
+    Raises: ArgumentTypeError if the text is no such list.
+    """
     try:
-        sizes = [(int(b), int(l)) for b, l in (size.split("x") for size in text.split(","))]
+        found = [(int(b), int(l)) for b, l in (size.split("x") for size in text.split(","))]
     except ValueError:
-        sizes = []
-    if not sizes or min(min(size) for size in sizes) < 1:
+        found = []
+    if not found or min(min(size) for size in found) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected batch x length, such as 64x216,2x1728")
-    return sizes
+    return found
 
 
 def _names(text: str) -> list[str]:
@@ -274,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = jax.default_backend() == "gpu"
     default = "pallas_triton,associative" if on_gpu else "sequential,associative"
     grid = GRID if on_gpu else "2x54,2x216,2x1728"
-    parser.add_argument("--grid", type=_sizes, default=grid, help="BxL,... (%(default)s)")
+    parser.add_argument("--grid", type=sizes, default=grid, help="BxL,... (%(default)s)")
     parser.add_argument(
         "--implementations", type=_names, default=default, help="the first is what ratios refer to"
     )
