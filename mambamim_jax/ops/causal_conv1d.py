@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +16,8 @@ def causal_conv1d(x: Array, kernel: Array, bias: Array | None = None, *, silu: b
         out_t = SiLU(bias + Σ_i kernel_i · x_{t - width + 1 + i}),   x = 0 before the first token
 
     As a sum of shifted products: compilers turn it into one pass over ``x``, where a grouped convolution
-    of one channel a group runs far slower. Arithmetic is float32 (float64 if ``x`` is).
+    of one channel a group runs far slower. Arithmetic is float32 (float64 if ``x`` is). The backward pass is
+    written out: what is derived by JAX keeps a float32 array of x's shape, and sums the taps' gradients slowly.
 
     Args:
         x: tokens (b, l, e).
@@ -34,6 +37,44 @@ def causal_conv1d(x: Array, kernel: Array, bias: Array | None = None, *, silu: b
         )
     if bias is not None and bias.shape != (x.shape[2],):
         raise ValueError(f"causal_conv1d: found bias {bias.shape}, expected ({x.shape[2]},)")
+    return _convolve(x, kernel, jnp.zeros_like(kernel[0]) if bias is None else bias, silu)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _convolve(x: Array, kernel: Array, bias: Array, silu: bool) -> Array:
+    out = _before_silu(x, kernel, bias)
+    return (jax.nn.silu(out) if silu else out).astype(x.dtype)
+
+
+def _forward(x: Array, kernel: Array, bias: Array, silu: bool) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _convolve(x, kernel, bias, silu), (x, kernel, bias)
+
+
+def _backward(silu: bool, saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, Array]:
+    """The convolution is made again, so that its inputs are all that is kept until here."""
+    x, kernel, bias = saved
+    width, length = kernel.shape[0], x.shape[1]
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dout = g.astype(dtype)
+    if silu:
+        out = _before_silu(x, kernel, bias)
+        gate = jax.nn.sigmoid(out)
+        dout = dout * gate * (1 + out * (1 - gate))
+    taps = kernel.astype(dtype)
+    later = jnp.pad(dout, ((0, 0), (0, width - 1), (0, 0)))
+    earlier = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
+    dx = later[:, :length] * taps[-1]
+    for i in range(1, width):
+        dx = dx + later[:, i : i + length] * taps[-1 - i]
+    dtaps = [jnp.sum(dout * earlier[:, i : i + length], axis=(0, 1)) for i in range(width)]
+    dbias = jnp.sum(dout, axis=(0, 1))
+    return dx.astype(x.dtype), jnp.stack(dtaps).astype(kernel.dtype), dbias.astype(bias.dtype)
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _before_silu(x: Array, kernel: Array, bias: Array) -> Array:
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     width, length = kernel.shape[0], x.shape[1]
     padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0))).astype(dtype)
@@ -41,8 +82,4 @@ def causal_conv1d(x: Array, kernel: Array, bias: Array | None = None, *, silu: b
     out = padded[:, :length] * taps[0]
     for i in range(1, width):
         out = out + padded[:, i : i + length] * taps[i]
-    if bias is not None:
-        out = out + bias.astype(dtype)
-    if silu:
-        out = jax.nn.silu(out)
-    return out.astype(x.dtype)
+    return out + bias.astype(dtype)
