@@ -15,7 +15,7 @@ from mambamim_jax.model.mask import Mask
 from mambamim_jax.model.masked_layers import layer_norm, torch_uniform
 from mambamim_jax.model.packed import take_blocks
 from mambamim_jax.ops.causal_conv1d import causal_conv1d
-from mambamim_jax.ops.partition import ambient, by_width
+from mambamim_jax.ops.partition import by_width
 from mambamim_jax.ops.selective_scan import selective_scan
 from mambamim_jax.types import Array, Size3
 
@@ -59,10 +59,7 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def pair(self, x: Array) -> tuple[Array, Array]:
-        """The two halves of y = x W; on a mesh as products of their own, so that neither half has to move."""
-        if ambient() is None:
-            first, second = jnp.split(self(x), 2, axis=-1)
-            return first, second
+        """The two halves of y = x W as products of their own: neither half is copied, nor moved on a mesh."""
         halves = jnp.split(self.kernel[...].astype(self.dtype), 2, axis=-1)
         first, second = (x.astype(self.dtype) @ by_width(half) for half in halves)
         return first, second

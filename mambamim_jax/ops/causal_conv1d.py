@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 from mambamim_jax.types import Array
 
+GROUP = 16
+"""Tokens summed at once for the taps' gradients: of 8, 16, 32 and 64 the fastest on an H200."""
+
 
 def causal_conv1d(x: Array, kernel: Array, bias: Array | None = None, *, silu: bool = True) -> Array:
     """Convolves each channel with its own taps, seeing only the present and past tokens, then applies SiLU.
@@ -66,12 +69,23 @@ def _backward(silu: bool, saved: tuple[Array, Array, Array], g: Array) -> tuple[
     dx = later[:, :length] * taps[-1]
     for i in range(1, width):
         dx = dx + later[:, i : i + length] * taps[-1 - i]
-    dtaps = [jnp.sum(dout * earlier[:, i : i + length], axis=(0, 1)) for i in range(width)]
-    dbias = jnp.sum(dout, axis=(0, 1))
+    dtaps = [_sum_over_tokens(dout * earlier[:, i : i + length]) for i in range(width)]
+    dbias = _sum_over_tokens(dout)
     return dx.astype(x.dtype), jnp.stack(dtaps).astype(kernel.dtype), dbias.astype(bias.dtype)
 
 
 _convolve.defvjp(_forward, _backward)
+
+
+def _sum_over_tokens(x: Array) -> Array:
+    """The sum of x (b, l, e) over samples and tokens, in two steps.
+
+    XLA's own, of thousands of rows at once, uses a fraction of a GPU; the barrier keeps it from joining the two.
+    """
+    b, l, e = x.shape
+    groups = -(-l // GROUP)
+    grouped = jnp.pad(x, ((0, 0), (0, groups * GROUP - l), (0, 0))).reshape(b * groups, GROUP, e)
+    return jnp.sum(jax.lax.optimization_barrier(jnp.sum(grouped, axis=1)), axis=0)
 
 
 def _before_silu(x: Array, kernel: Array, bias: Array) -> Array:

@@ -12,7 +12,7 @@ import pytest
 from mambamim_jax.ops.causal_conv1d import causal_conv1d
 
 
-@pytest.mark.parametrize("length", [1, 3, 9])
+@pytest.mark.parametrize("length", [1, 3, 9, 37])
 @pytest.mark.parametrize("silu", [False, True])
 def test_equals_a_direct_sum(length, silu):
     rng = np.random.default_rng(0)
@@ -28,7 +28,7 @@ def test_equals_a_direct_sum(length, silu):
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 3, 9])
+@pytest.mark.parametrize("length", [1, 3, 9, 37])
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gradients_are_those_of_the_direct_sum(length, silu, with_bias):
