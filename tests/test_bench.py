@@ -226,11 +226,13 @@ def test_the_mixer_is_timed_in_both_precisions_beside_its_convolution(capsys):
     rows = [
         line.split("|")[2:4] for line in capsys.readouterr().out.splitlines() if line.startswith("| 1, 5")
     ]
-    sides = [
-        f"{what}, {dtype}" for dtype in ("float32", "bfloat16") for what in ("mixer", "convolution alone")
-    ]
+    sides = {"forward": ["mixer", "convolution alone"]}
+    sides["forward + backward"] = [*sides["forward"], "convolution as JAX derives it"]
     assert [[cell.strip() for cell in row] for row in rows] == [
-        [mode, side] for mode in mixer.MODES for side in sides
+        [mode, f"{side}, {dtype}"]
+        for mode in mixer.MODES
+        for dtype in ("float32", "bfloat16")
+        for side in sides[mode]
     ]
 
 

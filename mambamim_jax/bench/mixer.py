@@ -3,7 +3,8 @@
 python launch/bench.py mixer [--grid=4x54,64x54,...] [--channels=384] [--dtypes=float32,bfloat16] [--rounds=7]
 
 A mixer is the scan and what surrounds it: projections, the causal convolution with SiLU, the last projection.
-The convolution is timed alone too: what putting it into the scan's kernel could save at most. On a GPU where PyTorch,
+The convolution is timed alone too: what putting it into the scan's kernel could save at most; and as JAX derives it,
+instead of with its own backward pass. On a GPU where PyTorch,
 mamba_ssm and the extensions ``selective_scan_cuda`` and ``causal_conv1d_cuda`` can be imported, mamba_ssm's mixer
 (``mamba_inner_fn``; bfloat16 by autocast) is a side, with our weights, after its result has been compared with
 ours. All sides are timed alternately, many runs in one launch.
@@ -27,7 +28,7 @@ from mambamim_jax.bench.scan import GRID, iterations_for, sizes
 from mambamim_jax.bench.tables import print_table
 from mambamim_jax.checks import LineParser, whole
 from mambamim_jax.model.mamba import Mamba
-from mambamim_jax.ops.causal_conv1d import causal_conv1d
+from mambamim_jax.ops.causal_conv1d import before_silu, causal_conv1d
 
 MODES = ("forward", "forward + backward")
 AGREE = 0.03
@@ -63,14 +64,18 @@ def mixer_side(mixer: Any, x: Any, g: Any, mode: str, dtype: str, iterations: in
     return repeated(once, _calls, (weights, _shifted(x, copies), jnp.asarray(g)), iterations // copies)
 
 
-def convolution_side(mixer: Any, x: Any, mode: str, dtype: str, iterations: int) -> Compile:
-    """Many runs of the mixer's convolution with SiLU alone, over tokens (b, l, 2 c)."""
+def convolution_side(
+    mixer: Any, x: Any, mode: str, dtype: str, iterations: int, *, derived: bool = False
+) -> Compile:
+    """Many runs of the mixer's convolution with SiLU alone, over tokens (b, l, 2 c); derived by JAX if asked for."""
     _, weights = mixer
     taps = [weights[name].get_value() for name in ("conv_kernel", "conv_bias")]
     u = np.concatenate([x, x], axis=-1)
 
     def once(taps: Any, u: Any, g: Any) -> Any:
         def convolve(taps: Any, u: Any) -> Any:
+            if derived:
+                return jax.nn.silu(before_silu(u, *taps)).astype(u.dtype)
             return causal_conv1d(u, *taps, silu=True)
 
         if mode == "forward":
@@ -118,10 +123,15 @@ def measure(
     iterations = options.iterations or iterations_for(4 * b * l * options.channels)
     begun: dict[str, Future[tuple[Run, int | None]]] = {}
     for dtype in options.dtypes:
-        begun[f"mixer, {dtype}"] = pool.submit(mixer_side(mixer, x, g, mode, dtype, iterations))
-        begun[f"convolution alone, {dtype}"] = pool.submit(
-            convolution_side(mixer, x, mode, dtype, iterations)
-        )
+        sides = {
+            "mixer": mixer_side(mixer, x, g, mode, dtype, iterations),
+            "convolution alone": convolution_side(mixer, x, mode, dtype, iterations),
+        }
+        if mode != "forward":
+            sides["convolution as JAX derives it"] = convolution_side(
+                mixer, x, mode, dtype, iterations, derived=True
+            )
+        begun |= {f"{name}, {dtype}": pool.submit(side) for name, side in sides.items()}
 
     def rows() -> list[list[str]]:
         sides = {name: future.result()[0] for name, future in begun.items()}

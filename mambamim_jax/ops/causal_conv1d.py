@@ -45,7 +45,7 @@ def causal_conv1d(x: Array, kernel: Array, bias: Array | None = None, *, silu: b
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _convolve(x: Array, kernel: Array, bias: Array, silu: bool) -> Array:
-    out = _before_silu(x, kernel, bias)
+    out = before_silu(x, kernel, bias)
     return (jax.nn.silu(out) if silu else out).astype(x.dtype)
 
 
@@ -60,7 +60,7 @@ def _backward(silu: bool, saved: tuple[Array, Array, Array], g: Array) -> tuple[
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     dout = g.astype(dtype)
     if silu:
-        out = _before_silu(x, kernel, bias)
+        out = before_silu(x, kernel, bias)
         gate = jax.nn.sigmoid(out)
         dout = dout * gate * (1 + out * (1 - gate))
     taps = kernel.astype(dtype)
@@ -88,7 +88,8 @@ def _sum_over_tokens(x: Array) -> Array:
     return jnp.sum(jax.lax.optimization_barrier(jnp.sum(grouped, axis=1)), axis=0)
 
 
-def _before_silu(x: Array, kernel: Array, bias: Array) -> Array:
+def before_silu(x: Array, kernel: Array, bias: Array) -> Array:
+    """The sum of shifted products alone, (b, l, e) in float32 at least, derived by JAX."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     width, length = kernel.shape[0], x.shape[1]
     padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0))).astype(dtype)
