@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from mambamim_jax.types import NumpyArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import (
+        Figure,
+    )  # Matplotlib is loaded when something is drawn: most processes draw nothing
 
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
 BACKGROUND, TEXT, HIDDEN = "#111417", "#e8e6e3", "#2d3f4f"
@@ -33,6 +35,8 @@ def plane(volume: NumpyArray, name: str) -> NumpyArray:
 
 def label_colours(count: int) -> NumpyArray:
     """RGB of the labels 0 to count - 1, (count, 3) float32 in [0, 1]; neighbours differ clearly."""
+    import matplotlib
+
     colours = matplotlib.colormaps["tab10"].colors + matplotlib.colormaps["Set2"].colors  # type: ignore[attr-defined]
     return np.array([colours[n % len(colours)] for n in range(-1, count - 1)], np.float32)
 
@@ -48,6 +52,9 @@ def draw_panel(pictures: Mapping[str, NumpyArray], heading: str) -> NumpyArray:
     Returns:
       (rows, columns, 3) uint8.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     columns = len(pictures)
     figure = Figure(figsize=(2.5 * columns + 1.1, 8.3), dpi=100, facecolor=BACKGROUND)
     room = {"left": 0.035, "right": 0.95, "top": 0.925, "bottom": 0.01, "wspace": 0.03, "hspace": 0.03}
@@ -75,6 +82,8 @@ def draw_panel(pictures: Mapping[str, NumpyArray], heading: str) -> NumpyArray:
 
 def draw_loss_curve(rows: Sequence[Mapping[str, Any]], heading: str) -> NumpyArray:
     """Loss by step, each and smoothed, with the learning rate below; (rows, columns, 3) uint8."""
+    from matplotlib.figure import Figure
+
     step, loss, rate = (np.array([row[name] for row in rows], float) for name in ("step", "loss", "lr"))
     figure = Figure(figsize=(9, 5), dpi=100, facecolor="white")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -102,6 +111,8 @@ def smooth(values: NumpyArray) -> NumpyArray:
 
 def rasterise(figure: Figure) -> NumpyArray:
     """(rows, columns, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

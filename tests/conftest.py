@@ -1,5 +1,6 @@
 """How tests are compiled, each program once; their order: files with slow ones first, so that workers end together."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -15,6 +16,9 @@ import pytest  # noqa: E402
 from tests.compiled import quick  # noqa: E402
 
 os.environ.setdefault("XLA_FLAGS", quick())
+gc.set_threshold(
+    200_000, 20, 100
+)  # tracing makes millions of objects that stay: looking for rubbish is in vain
 
 
 def pytest_configure(config: pytest.Config) -> None:

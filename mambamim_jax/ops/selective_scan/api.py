@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -11,7 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from mambamim_jax.ops import partition
-from mambamim_jax.ops.selective_scan import associative, mosaic, reference, sequential, triton
+from mambamim_jax.ops.selective_scan import associative, reference, sequential, triton
 from mambamim_jax.ops.selective_scan.contract import ScanInputs, like_inputs
 from mambamim_jax.types import Array
 
@@ -25,12 +26,18 @@ class Kernel(NamedTuple):
     backward: Callable[..., ScanInputs]
 
 
+def _mosaic(function: str, *args: Any, **options: Any) -> Any:
+    """Imports the kernels when they are asked for: their backend takes longer to load than all else here."""
+    module = importlib.import_module("mambamim_jax.ops.selective_scan.mosaic")
+    return getattr(module, function)(*args, **options)
+
+
 PLAIN = {"reference": reference.scan, "associative": associative.scan}
 """Implementations that JAX differentiates: f(inputs, reverse) -> y, last_state."""
 KERNELS = {
     "sequential": Kernel(sequential.forward, sequential.backward),
     "pallas_triton": Kernel(triton.forward, triton.backward),
-    "pallas_mosaic": Kernel(mosaic.forward, mosaic.backward),
+    "pallas_mosaic": Kernel(functools.partial(_mosaic, "forward"), functools.partial(_mosaic, "backward")),
 }
 """Implementations with a backward pass of their own."""
 IMPLEMENTATIONS = ("auto", *PLAIN, *KERNELS)
@@ -146,7 +153,8 @@ def _device() -> tuple[str, str]:
 def _require_mosaic(inputs: ScanInputs) -> None:
     """Checked here, since compiling for an older card would abort the process; a CPU may lower for a card."""
     platform, capability = _device()
-    reason = mosaic.refusal(inputs, *(("gpu", "9.0") if platform == "cpu" else (platform, capability)))
+    card = ("gpu", "9.0") if platform == "cpu" else (platform, capability)
+    reason = _mosaic("refusal", inputs, *card)
     if reason is not None:
         raise ValueError(f"selective_scan: implementation 'pallas_mosaic': {reason}; use 'auto'")
 
