@@ -16,10 +16,8 @@ from PIL import Image
 
 from mambamim_jax.types import NumpyArray
 
-if TYPE_CHECKING:
-    from matplotlib.figure import (
-        Figure,
-    )  # Matplotlib is loaded when something is drawn: most processes draw nothing
+if TYPE_CHECKING:  # Matplotlib is loaded when something is drawn: most processes draw nothing
+    from matplotlib.figure import Figure
 
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
 BACKGROUND, TEXT, HIDDEN = "#111417", "#e8e6e3", "#2d3f4f"

@@ -16,9 +16,8 @@ import pytest  # noqa: E402
 from tests.compiled import quick  # noqa: E402
 
 os.environ.setdefault("XLA_FLAGS", quick())
-gc.set_threshold(
-    200_000, 20, 100
-)  # tracing makes millions of objects that stay: looking for rubbish is in vain
+# Tracing makes millions of objects that stay: looking for rubbish among them is in vain.
+gc.set_threshold(200_000, 20, 100)
 
 
 def pytest_configure(config: pytest.Config) -> None:

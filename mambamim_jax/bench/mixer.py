@@ -4,10 +4,9 @@ python launch/bench.py mixer [--grid=4x54,64x54,...] [--channels=384] [--dtypes=
 
 A mixer is the scan and what surrounds it: projections, the causal convolution with SiLU, the last projection.
 The convolution is timed alone too: what putting it into the scan's kernel could save at most; and as JAX derives it,
-instead of with its own backward pass. On a GPU where PyTorch,
-mamba_ssm and the extensions ``selective_scan_cuda`` and ``causal_conv1d_cuda`` can be imported, mamba_ssm's mixer
-(``mamba_inner_fn``; bfloat16 by autocast) is a side, with our weights, after its result has been compared with
-ours. All sides are timed alternately, many runs in one launch.
+instead of with its own backward pass. On a GPU where PyTorch, mamba_ssm and the extensions ``selective_scan_cuda`` and
+``causal_conv1d_cuda`` can be imported, mamba_ssm's mixer (``mamba_inner_fn``; bfloat16 by autocast) is a side, with our
+weights, after its result has been compared with ours. All sides are timed alternately, many runs in one launch.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from flax import nnx
 
 from mambamim_jax.bench.mamba_ssm_kernel import MambaInner
 from mambamim_jax.bench.repeat import Compile, Run, alternate, copies_for, repeated
-from mambamim_jax.bench.scan import GRID, iterations_for, sizes
+from mambamim_jax.bench.scan import GRID, NEEDS, iterations_for, sizes
 from mambamim_jax.bench.tables import print_table
 from mambamim_jax.checks import LineParser, whole
 from mambamim_jax.model.mamba import Mamba
 from mambamim_jax.ops.causal_conv1d import before_silu, causal_conv1d
 
-MODES = ("forward", "forward + backward")
+MODES = tuple(NEEDS)
 AGREE = 0.03
 """Largest difference of two mixers' results, relative to the largest value, in TensorFloat-32 or bfloat16."""
 
@@ -44,15 +43,12 @@ def make_inputs(b: int, l: int, channels: int) -> tuple[Any, np.ndarray, np.ndar
 
 def mixer_side(mixer: Any, x: Any, g: Any, mode: str, dtype: str, iterations: int) -> Compile:
     """Many runs of our mixer."""
-    graph, weights = mixer
+    _, weights = mixer
     inner = weights["D"].get_value().size
+    graph = nnx.split(Mamba(x.shape[2], dtype=dtype, rngs=nnx.Rngs(0)))[0]
 
     def apply(weights: Any, x: Any) -> Any:
-        mamba = nnx.merge(graph, weights)
-        mamba.dtype = dtype
-        for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
-            getattr(mamba, name).dtype = dtype
-        return mamba(x)
+        return nnx.merge(graph, weights)(x)
 
     def once(weights: Any, x: Any, g: Any) -> Any:
         if mode == "forward":

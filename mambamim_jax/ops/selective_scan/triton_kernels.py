@@ -154,52 +154,20 @@ def backward(p: Program) -> None:
             for turn in group.turns:
                 h = group.step(h, turn)[1]
         groups = later.groups(rows)
-        trails = recomputed(groups, h)
-        carry, behind = half_gradients(
-            groups, trails, carry, lambda: earlier.read(("z", "dy", "C")), chunk, 0
-        )
+        fetch_more = functools.partial(earlier.read, ("z", "dy", "C"))
+        carry, behind = _half_gradients(p, groups, _recomputed(groups, h), carry, fetch_more, sums, 0)
         more, before = behind
         # Sums with zeros that the compiler takes for something else: it would keep the first walk's exponentials, and
         # make the gate of the earlier half as soon as its reading has begun.
         again = {**first_rows, **{name: _plus(first_rows[name], p.A[0][0] * 0.0) for name in ("delta", "B")}}
         groups = earlier.groups(again)
-        trails = recomputed(groups, saved)
+        trails = _recomputed(groups, saved)
         nothing = trails[-1][0].before[0][0] * 0.0
         for group in groups:
             group.data = {**again, **{name: _plus(x, nothing) for name, x in more.items()}}
-        carry, (following, first) = half_gradients(groups, trails, carry, fetch, chunk, 2)
+        carry, (following, first) = _half_gradients(p, groups, trails, carry, fetch, sums, 2)
         chunk.write_sums(sums, first + before)
         return carry, following
-
-    def recomputed(groups: list[Group], h: State) -> list[list[Trail]]:
-        trails = []
-        for group in groups:
-            trail = []
-            for turn in group.turns:
-                decays, after = group.step(h, turn)
-                trail.append(Trail(decays, h, after))
-                h = after
-            trails.append(trail)
-        return trails
-
-    def half_gradients(
-        groups: list[Group], trails: list[list[Trail]], carry: Carry, fetch: Fetch, chunk: Chunk, slack: int
-    ) -> tuple[Carry, tuple[Any, list[Array]]]:
-        """The gradients of half a chunk; reads halfway through it."""
-        half = len(groups) // 2
-        carry, later = gradients(groups[half:], trails[half:], carry)
-        fetched, earlier = fetch(), list[Array]()
-        if half:
-            work = functools.partial(gradients, groups[:half], trails[:half])
-            carry, earlier = p.apart(work, carry, chunk.index, slack)
-        return carry, (fetched, earlier + later)
-
-    def gradients(groups: list[Group], trails: list[list[Trail]], carry: Carry) -> tuple[Carry, list[Array]]:
-        rows: list[Array] = []
-        for group, trail in zip(reversed(groups), reversed(trails)):
-            carry, more = _group_gradients(p, group, trail, carry, sums)
-            rows = more + rows
-        return carry, rows
 
     sums = WarpSums(p.math, p.lane, p.walk.chunk * len(p.states) // QUAD)
     start = p.state("dlast"), p.nothing(), p.zeros(), p.zeros()
@@ -209,6 +177,46 @@ def backward(p: Program) -> None:
     p.put_state("sums", dA)
     for row, vector in enumerate((dbias, dD)):
         p.put_vector("sums", vector, len(p.states) * QUAD + row)
+
+
+def _recomputed(groups: list[Group], h: State) -> list[list[Trail]]:
+    """Walks through half a chunk from the state h before it."""
+    trails = []
+    for group in groups:
+        trail = []
+        for turn in group.turns:
+            decays, after = group.step(h, turn)
+            trail.append(Trail(decays, h, after))
+            h = after
+        trails.append(trail)
+    return trails
+
+
+def _half_gradients(
+    p: Program,
+    groups: list[Group],
+    trails: list[list[Trail]],
+    carry: Carry,
+    fetch: Fetch,
+    sums: WarpSums,
+    slack: int,
+) -> tuple[Carry, tuple[Any, list[Array]]]:
+    """The gradients of half a chunk; reads halfway through it."""
+
+    def gradients(groups: list[Group], trails: list[list[Trail]], carry: Carry) -> tuple[Carry, list[Array]]:
+        rows: list[Array] = []
+        for group, trail in zip(reversed(groups), reversed(trails)):
+            carry, more = _group_gradients(p, group, trail, carry, sums)
+            rows = more + rows
+        return carry, rows
+
+    half = len(groups) // 2
+    carry, later = gradients(groups[half:], trails[half:], carry)
+    fetched, earlier = fetch(), list[Array]()
+    if half:
+        work = functools.partial(gradients, groups[:half], trails[:half])
+        carry, earlier = p.apart(work, carry, groups[0].chunk.index, slack)
+    return carry, (fetched, earlier + later)
 
 
 def _plus(rows: list[Any], zero: Array) -> list[Any]:
