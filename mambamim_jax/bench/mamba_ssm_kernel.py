@@ -112,7 +112,8 @@ def _captured(torch: Any, once: Callable[[], None], iterations: int) -> Run:
             once()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # relaxed, since JAX's own threads may call CUDA meanwhile, which would end a capture
+    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
         for _ in range(iterations):
             once()
 
