@@ -59,7 +59,10 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def pair(self, x: Array) -> tuple[Array, Array]:
-        """The two halves of y = x W as products of their own: neither half is copied, nor moved on a mesh."""
+        """The two halves of y = x W as products of their own: on a mesh neither has to be moved.
+
+        Nor is a half copied out of a whole; but on a GPU XLA may make one product of two small ones again.
+        """
         halves = jnp.split(self.kernel[...].astype(self.dtype), 2, axis=-1)
         first, second = (x.astype(self.dtype) @ by_width(half) for half in halves)
         return first, second

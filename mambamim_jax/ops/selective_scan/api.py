@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -26,10 +26,11 @@ class Kernel(NamedTuple):
     backward: Callable[..., ScanInputs]
 
 
-def _mosaic(function: str, *args: Any, **options: Any) -> Any:
-    """Imports the kernels when they are asked for: their backend takes longer to load than all else here."""
-    module = importlib.import_module("mambamim_jax.ops.selective_scan.mosaic")
-    return getattr(module, function)(*args, **options)
+def _mosaic() -> ModuleType:
+    """The module, imported when it is asked for: its backend takes longer to load than all else here."""
+    from mambamim_jax.ops.selective_scan import mosaic
+
+    return mosaic
 
 
 PLAIN = {"reference": reference.scan, "associative": associative.scan}
@@ -37,7 +38,9 @@ PLAIN = {"reference": reference.scan, "associative": associative.scan}
 KERNELS = {
     "sequential": Kernel(sequential.forward, sequential.backward),
     "pallas_triton": Kernel(triton.forward, triton.backward),
-    "pallas_mosaic": Kernel(functools.partial(_mosaic, "forward"), functools.partial(_mosaic, "backward")),
+    "pallas_mosaic": Kernel(
+        lambda *args, **save: _mosaic().forward(*args, **save), lambda *args: _mosaic().backward(*args)
+    ),
 }
 """Implementations with a backward pass of their own."""
 IMPLEMENTATIONS = ("auto", *PLAIN, *KERNELS)
@@ -154,7 +157,7 @@ def _require_mosaic(inputs: ScanInputs) -> None:
     """Checked here, since compiling for an older card would abort the process; a CPU may lower for a card."""
     platform, capability = _device()
     card = ("gpu", "9.0") if platform == "cpu" else (platform, capability)
-    reason = _mosaic("refusal", inputs, *card)
+    reason = _mosaic().refusal(inputs, *card)
     if reason is not None:
         raise ValueError(f"selective_scan: implementation 'pallas_mosaic': {reason}; use 'auto'")
 
