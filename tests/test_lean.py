@@ -15,3 +15,17 @@ def test_batched_products_are_eigens():
     assert " dot(" in compiled.as_text()
     assert "ynn" not in compiled.as_text()
     assert compiled(*x).shape == (64, 96, 96)
+
+
+def test_options_for_gpus_are_known_to_the_compiler():
+    lowered = jax.jit(lambda x: x + 1).lower(jnp.ones(3))
+    assert lowered.compile(compiler_options=lean._ON_GPU)(jnp.ones(3)).tolist() == [2, 2, 2]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        lowered.compile(compiler_options={f"{name}_": value for name, value in lean._ON_GPU.items()})
+
+
+def test_options_follow_the_backend(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert lean.convolution_options() == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert lean.convolution_options() == lean._ON_GPU
