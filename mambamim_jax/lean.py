@@ -20,17 +20,12 @@ _ON_GPU: dict[str, str | bool] = {"xla_gpu_force_conv_nhwc": True}
 channels first by default, which transposes what goes in and out, twice over."""
 
 
-def convolution_options() -> dict[str, str | bool]:
-    """Options of `jax.jit` for a program of convolutions, on the backend that is there."""
-    return dict(_ON_GPU) if jax.default_backend() == "gpu" else {}
-
-
 def compile_lean(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """The compiled program, memory that compiling took given back before it runs."""
-    if jax.default_backend() != "cpu":
-        return lowered.compile(compiler_options=convolution_options())
-    compiled = lowered.compile(compiler_options=_ON_CPU)
-    _give_back()
+    backend = jax.default_backend()
+    compiled = lowered.compile(compiler_options={"cpu": _ON_CPU, "gpu": _ON_GPU}.get(backend))
+    if backend == "cpu":
+        _give_back()
     return compiled
 
 

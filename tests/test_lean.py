@@ -24,8 +24,13 @@ def test_options_for_gpus_are_known_to_the_compiler():
         lowered.compile(compiler_options={f"{name}_": value for name, value in lean._ON_GPU.items()})
 
 
-def test_options_follow_the_backend(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert lean.convolution_options() == {}
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert lean.convolution_options() == lean._ON_GPU
+@pytest.mark.parametrize(
+    ("backend", "options"), [("cpu", lean._ON_CPU), ("gpu", lean._ON_GPU), ("tpu", None)]
+)
+def test_options_follow_the_backend(backend, options, monkeypatch):
+    class Lowered:
+        def compile(self, compiler_options):
+            return compiler_options
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert lean.compile_lean(Lowered()) == options
