@@ -140,7 +140,10 @@ def _launch_of(inputs: ScanInputs) -> Launch:
     """
     launch, (b, _, e) = _default_launch(), inputs.u.shape
     warps = 2 * launch.backward_warps
-    if e % (LANES // QUAD * launch.channels * warps) or plan.warps(b * e, launch.channels) < launch.fill:
+    if (
+        e % (LANES // QUAD * launch.channels * warps)
+        or plan.warps(b * e, launch.channels) < launch.backward_fill
+    ):
         return launch
     return launch._replace(backward_warps=warps)
 

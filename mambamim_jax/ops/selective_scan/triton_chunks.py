@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -159,6 +160,17 @@ class Group:
             self.raw = row if self.program.bias is None else row + self.program.bias
             self.delta = self.or_zero(self.math.softplus(self.raw))
         self.drive = self.delta * self.u
+
+    def afresh(self, more: Data, zero: Array) -> Group:
+        """The same tokens and ``more`` of what was read; delta and B have a zero added that is none to the compiler.
+
+        It would keep what lanes have exchanged of them, and what follows from that, in registers.
+        """
+        group, B = copy.copy(self), [[x.astype(jnp.float32) + zero for x in sets] for sets in self.data["B"]]
+        group.data = {**self.data, **more, "B": B}
+        group.delta = self.delta + zero
+        group.drive = group.delta * group.u
+        return group
 
     def or_zero(self, value: Array) -> Array:
         """0 past the end, and of tokens that come again."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from mambamim_jax.ops.selective_scan.triton_chunks import Chunk, Data, Group, fold
 from mambamim_jax.ops.selective_scan.triton_math import LOG2E
@@ -137,8 +136,9 @@ class Trail(NamedTuple):
 def backward(p: Program) -> None:
     """Gradients of one segment, from its last chunk to its first.
 
-    The state before a chunk was saved. One walk through the earlier half leads to the later half, whose states and
-    decays are kept in registers until its gradients are made; then the earlier half is walked again for its own.
+    The state before a chunk was saved. One walk through the chunk makes all its states, which stay in registers, and
+    the decays of the later half; those of the earlier half are made again when its turn comes, with what lanes
+    exchange, since registers are full until then.
     G is the gradient of the state: G_t = C_t dy_t + exp(Δ_{t+1} A) G_{t+1}.
     """
 
@@ -149,24 +149,33 @@ def backward(p: Program) -> None:
 
     def body(chunk: Chunk, data: tuple[State, Data, Data], carry: Carry, fetch: Fetch) -> tuple[Carry, Any]:
         (saved, first_rows, rows), (earlier, later) = data, chunk.halves()
-        h = saved
-        for group in earlier.groups(first_rows):
-            for turn in group.turns:
-                h = group.step(h, turn)[1]
-        groups = later.groups(rows)
-        fetch_more = functools.partial(earlier.read, ("z", "dy", "C"))
-        carry, behind = _half_gradients(p, groups, _recomputed(groups, h), carry, fetch_more, sums, 0)
-        more, before = behind
-        # Sums with zeros that the compiler takes for something else: it would keep the first walk's exponentials, and
-        # make the gate of the earlier half as soon as its reading has begun.
-        again = {**first_rows, **{name: _plus(first_rows[name], p.A[0][0] * 0.0) for name in ("delta", "B")}}
-        groups = earlier.groups(again)
-        trails = _recomputed(groups, saved)
-        nothing = trails[-1][0].before[0][0] * 0.0
-        for group in groups:
-            group.data = {**again, **{name: _plus(x, nothing) for name, x in more.items()}}
-        carry, (following, first) = _half_gradients(p, groups, trails, carry, fetch, sums, 2)
-        chunk.write_sums(sums, first + before)
+        more = earlier.read(("z", "dy", "C"))
+        early, late = earlier.groups(first_rows), later.groups(rows)
+
+        def second(carry: Carry) -> tuple[Carry, Any]:
+            trails = _recomputed(early + late, saved)
+            carry, found = _gradients(p, late, trails[len(early) :], carry, sums)
+            return carry, (found, [token.after for trail in trails[: len(early)] for token in trail])
+
+        carry, (behind, states) = p.apart(second, carry, chunk.index)
+        more = p.awaited(more)
+        following, states = fetch(), [saved, *states]
+
+        def first(carry: Carry) -> tuple[Carry, list[Array]]:
+            rows: list[Array] = []
+            for group in reversed(early):
+                group = group.afresh(more, carry[0][0][0] * 0.0)
+                steps = itertools.pairwise(states[group.first : group.first + len(group.turns) + 1])
+                trail = [
+                    Trail(p.decays(group.spread(group.delta, turn)), *step)
+                    for turn, step in zip(group.turns, steps)
+                ]
+                carry, found = _gradients(p, [group], [trail], carry, sums)
+                rows = found + rows
+            return carry, rows
+
+        carry, before = p.apart(first, carry, chunk.index, 2)
+        chunk.write_sums(sums, before + behind)
         return carry, following
 
     sums = WarpSums(p.math, p.lane, p.walk.chunk * len(p.states) // QUAD)
@@ -180,7 +189,7 @@ def backward(p: Program) -> None:
 
 
 def _recomputed(groups: list[Group], h: State) -> list[list[Trail]]:
-    """Walks through half a chunk from the state h before it."""
+    """Walks through a chunk from the state h before it."""
     trails = []
     for group in groups:
         trail = []
@@ -192,36 +201,15 @@ def _recomputed(groups: list[Group], h: State) -> list[list[Trail]]:
     return trails
 
 
-def _half_gradients(
-    p: Program,
-    groups: list[Group],
-    trails: list[list[Trail]],
-    carry: Carry,
-    fetch: Fetch,
-    sums: WarpSums,
-    slack: int,
-) -> tuple[Carry, tuple[Any, list[Array]]]:
-    """The gradients of half a chunk; reads halfway through it."""
-
-    def gradients(groups: list[Group], trails: list[list[Trail]], carry: Carry) -> tuple[Carry, list[Array]]:
-        rows: list[Array] = []
-        for group, trail in zip(reversed(groups), reversed(trails)):
-            carry, more = _group_gradients(p, group, trail, carry, sums)
-            rows = more + rows
-        return carry, rows
-
-    half = len(groups) // 2
-    carry, later = gradients(groups[half:], trails[half:], carry)
-    fetched, earlier = fetch(), list[Array]()
-    if half:
-        work = functools.partial(gradients, groups[:half], trails[:half])
-        carry, earlier = p.apart(work, carry, groups[0].chunk.index, slack)
-    return carry, (fetched, earlier + later)
-
-
-def _plus(rows: list[Any], zero: Array) -> list[Any]:
-    """Rows of an array, plus zero."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32) + zero, rows)
+def _gradients(
+    p: Program, groups: list[Group], trails: list[list[Trail]], carry: Carry, sums: WarpSums
+) -> tuple[Carry, list[Array]]:
+    """Writes the gradients of groups; carries (g, dA, dD, dbias), and gives the rows of ``sums``."""
+    rows: list[Array] = []
+    for group, trail in zip(reversed(groups), reversed(trails)):
+        carry, found = _group_gradients(p, group, trail, carry, sums)
+        rows = found + rows
+    return carry, rows
 
 
 def _group_gradients(

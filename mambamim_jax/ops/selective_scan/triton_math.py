@@ -86,6 +86,10 @@ class Math:
         """Stores each lane's value at its address of shared memory; gives 0."""
         return self._asm("st.shared.f32 [$1], $2; mov.u32 $0, 0;", at, value, dtype=jnp.int32)
 
+    def kept(self, at: Array, value: Array) -> Array:
+        """Stores each lane's value, and gives it back; the compiler cannot tell that it is the same."""
+        return self._asm("st.shared.f32 [$1], $2; mov.f32 $0, $2;", at, value)
+
     def barrier(self, at: Array) -> Array:
         """Waits for all lanes of the program; gives its argument back."""
         return self._asm("bar.sync 0; mov.u32 $0, $1;", at, dtype=jnp.int32)

@@ -30,7 +30,7 @@ def walk(f: ScanInputs, launch: Launch, work: str, reverse: bool, interpret: boo
     if doubled:
         channels = wide(launch)
     chunks, some = -(-length // chunk), warps(b * e, channels, team)
-    if work == "backward" and length // segments(launch, fill, some, length) < launch.long:
+    if work == "backward":
         fill = launch.backward_fill
     per_segment = -(-chunks // segments(launch, fill, some, length))
     count = -(-chunks // per_segment)

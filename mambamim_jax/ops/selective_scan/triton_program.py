@@ -98,6 +98,8 @@ class Program:
             [pltriton.load(refs["A"].at[c, row]) * LOG2E for row, c in places] for places in self._places()
         ]
         self.bias, self.D = self._vector("delta_bias"), self._vector("D")
+        if not walk.interpret:
+            self.place = self.math.shared(lane, 4 * walk.block) + lane * 4
 
     def _vector(self, name: str) -> Array | None:
         return (
@@ -204,6 +206,15 @@ class Program:
         fours = [ref[self.sample, index, row, self.lanes, :] for row in range(ref.shape[2])]
         vectors = [x.reshape(-1) for four in fours for x in jnp.split(four, QUAD, axis=1)]
         return [vectors[k * count : (k + 1) * count] for k in self.channels]
+
+    def awaited(self, read: Any) -> Any:
+        """What was read, once its reading has ended: what is read afterwards does not begin before.
+
+        A warp waits for reads by counters, of which it has six: one that newer reads share is not done before these.
+        """
+        if self.walk.interpret:
+            return read
+        return jax.tree.map(lambda x: self.math.kept(self.place, x.astype(jnp.float32)), read)
 
     def apart(
         self, work: Callable[[Any], tuple[Any, Any]], carry: Any, time: Array, slack: int = 0

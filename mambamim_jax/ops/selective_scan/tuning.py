@@ -27,7 +27,7 @@ class Launch(NamedTuple):
     halve_below: int  # tokens of a segment below which inference halves its channels, where warps are few
     few: int  # warps that fill the card then; with so many each may take registers for reading B and C in fours
     long: int  # tokens of a segment from which there are twice as many, where warps are few
-    backward_fill: int  # warps that fill it in the backward pass, where segments are shorter than that
+    backward_fill: int  # warps that fill it in the backward pass
     ends_chunk: int  # tokens unrolled where the ends of segments are found, if those divide into them
 
 
