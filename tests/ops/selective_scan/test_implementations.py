@@ -202,7 +202,7 @@ def test_triton_saves_states_with_as_many_channels_or_twice_as_many(reverse, mon
 @pytest.mark.parametrize(("fill", "width", "warps"), [(16, 64, 4), (17, 64, 2), (16, 96, 2)])
 def test_triton_backward_programs_of_many_warps(fill, width, warps, monkeypatch):
     """Four samples of 64 channels make 16 warps; of 96, 24, but those are no whole number of larger programs."""
-    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH._replace(fill=fill))
+    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH._replace(backward_fill=fill))
     shape = (4, 3, width, 3)
     assert triton._launch_of(random_inputs(shape)).backward_warps == warps
     gradients = values_and_gradients(random_inputs(shape), cotangents(shape), "pallas_triton")[1]
