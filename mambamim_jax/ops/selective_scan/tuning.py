@@ -16,7 +16,7 @@ class Launch(NamedTuple):
 
     inference_chunk: int  # tokens unrolled where no states are saved
     inference_channels: int  # channels of a quad there
-    chunk: int  # tokens from one saved state to the next, unrolled; the backward pass keeps half of them in registers
+    chunk: int  # tokens from one saved state to the next, unrolled; the backward pass keeps their states in registers
     channels: (
         int  # channels of a quad in the backward pass; at most twice as many in a forward pass that saves
     )
