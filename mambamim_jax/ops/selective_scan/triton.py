@@ -139,11 +139,8 @@ def _launch_of(inputs: ScanInputs) -> Launch:
     That halves what `totals` has to sum.
     """
     launch, (b, _, e) = _default_launch(), inputs.u.shape
-    warps = 2 * launch.backward_warps
-    if (
-        e % (LANES // QUAD * launch.channels * warps)
-        or plan.warps(b * e, launch.channels) < launch.backward_fill
-    ):
+    warps, some = 2 * launch.backward_warps, plan.warps(b * e, launch.channels)
+    if e % (LANES // QUAD * launch.channels * warps) or some < launch.backward_fill:
         return launch
     return launch._replace(backward_warps=warps)
 

@@ -162,7 +162,7 @@ def backward(p: Program) -> None:
         following, states = fetch(), [saved, *states]
 
         def first(carry: Carry) -> tuple[Carry, list[Array]]:
-            rows: list[Array] = []
+            found: list[Array] = []
             for group in reversed(early):
                 group = group.afresh(more, carry[0][0][0] * 0.0)
                 steps = itertools.pairwise(states[group.first : group.first + len(group.turns) + 1])
@@ -170,9 +170,9 @@ def backward(p: Program) -> None:
                     Trail(p.decays(group.spread(group.delta, turn)), *step)
                     for turn, step in zip(group.turns, steps)
                 ]
-                carry, found = _gradients(p, [group], [trail], carry, sums)
-                rows = found + rows
-            return carry, rows
+                carry, some = _group_gradients(p, group, trail, carry, sums)
+                found = some + found
+            return carry, found
 
         carry, before = p.apart(first, carry, chunk.index, 2)
         chunk.write_sums(sums, before + behind)

@@ -98,7 +98,7 @@ class Program:
             [pltriton.load(refs["A"].at[c, row]) * LOG2E for row, c in places] for places in self._places()
         ]
         self.bias, self.D = self._vector("delta_bias"), self._vector("D")
-        if not walk.interpret:
+        if not walk.interpret:  # where `awaited` stores
             self.place = self.math.shared(lane, 4 * walk.block) + lane * 4
 
     def _vector(self, name: str) -> Array | None:

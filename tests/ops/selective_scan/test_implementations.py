@@ -15,6 +15,7 @@ from mambamim_jax.ops.selective_scan import (
     triton_plan,
     tuning,
 )
+from mambamim_jax.ops.selective_scan.contract import ScanInputs
 from tests import shapes
 from tests.ops.selective_scan.cases import (
     OPTIONAL,
@@ -252,6 +253,18 @@ def test_triton_cuts_long_segments_in_two(length, fill, segments, monkeypatch):
     assert triton_plan.segments(launch, fill, 4, length) == segments
     inputs = random_inputs((2, length, 40, 3))
     assert_close(run(inputs, "pallas_triton"), run(inputs, "reference"), 1e-5, "inference")
+
+
+@pytest.mark.parametrize(
+    ("work", "length", "segments"), [("saves", 128, 16), ("backward", 128, 8), ("backward", 7, 1)]
+)
+def test_triton_fills_the_card_with_fewer_warps_in_the_backward_pass(work, length, segments):
+    """Four warps fill it eight times over forward, four times backward; segments that are long are twice as many."""
+    launch = WIDE._replace(fill=32, backward_fill=16, long=8, channels=4)
+    inputs = ScanInputs(*(jnp.asarray(x) for x in random_inputs((2, length, 64, 4))))
+    walk, count = triton_plan.walk(inputs, launch, work, False, True)
+    assert count == segments
+    assert walk.per_segment * walk.chunk * count >= length
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
