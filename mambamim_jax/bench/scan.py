@@ -84,7 +84,7 @@ def ours(
 
 def iterations_for(elements: int) -> int:
     """Enough runs of so many elements (b, l, e) in one launch that its own cost does not show."""
-    return max(4, min(500, 1_500_000_000 // elements))
+    return max(4, min(10_000, 3_000_000_000 // elements))
 
 
 def floor_seconds(b: int, l: int, e: int, mode: str, dtype: str) -> float | None:
@@ -114,7 +114,7 @@ def measure(
         slow = name not in ("pallas_triton", "pallas_mosaic")
         try:
             begun[name] = pool.submit(
-                ours(inputs, mode, max(1, iterations // 20) if slow else iterations, name)
+                ours(inputs, mode, min(max(4, iterations // 10), iterations) if slow else iterations, name)
             )
         except Exception as error:
             failed(name, error)
@@ -131,7 +131,7 @@ def measure(
                 failed(name, error)
         if jax.default_backend() == "gpu" and options.dtype == "float32":
             try:
-                sides["mamba_ssm CUDA"] = mamba_ssm(inputs, mode, iterations)
+                sides["mamba_ssm CUDA"] = mamba_ssm(inputs, mode, min(iterations, 1000))
             except ImportError as error:
                 print(f"mamba_ssm is not measured: {error}")
         return _rows(b, l, mode, sides, memory, options) if sides else []

@@ -134,15 +134,16 @@ def _default_launch() -> Launch:
 
 
 def _launch_of(inputs: ScanInputs) -> Launch:
-    """The default one; with twice the warps of a backward program where there are enough of them even so.
+    """The default one, with smaller programs and chunks of the backward pass where these inputs need it.
 
-    That halves what `totals` has to sum.
+    Programs of half the warps where e is no whole number of them; shorter chunks for more states than a set, so that
+    registers take them.
     """
-    launch, (b, _, e) = _default_launch(), inputs.u.shape
-    warps, some = 2 * launch.backward_warps, plan.warps(b * e, launch.channels)
-    if e % (LANES // QUAD * launch.channels * warps) or some < launch.backward_fill:
-        return launch
-    return launch._replace(backward_warps=warps)
+    launch, (e, n) = _default_launch(), inputs.A.shape
+    if e % (LANES // QUAD * launch.channels * launch.backward_warps):
+        launch = launch._replace(backward_warps=max(launch.backward_warps // 2, 1))
+    unit, sets = plan.unit(launch.channels, "backward"), -(-n // SET)
+    return launch._replace(chunk=max(launch.chunk // sets // unit, 1) * unit) if sets > 1 else launch
 
 
 def _padded(inputs: ScanInputs, launch: Launch, save: bool) -> ScanInputs:

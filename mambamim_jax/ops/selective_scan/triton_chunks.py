@@ -232,10 +232,12 @@ def fold(
     carry: Any,
     read: Any,
     backwards: bool = False,
+    at_once: int = 1,
 ) -> Any:
     """Folds over the segment's chunks ``carry, fetched = body(chunk, data, carry, fetch)``.
 
-    ``data = read(chunk)``: a chunk is read while the one before it is worked on, where ``body`` calls ``fetch()``.
+    ``data = read(chunk)``: a chunk is read while the one before it is worked on, where ``body`` calls ``fetch()``. With
+    several chunks ``at_once``, in one turn of the loop, what one leaves to the next stays in its registers.
     """
     walk = program.walk
     whole, chunks = walk.whole, -(-walk.length // walk.chunk)
@@ -249,9 +251,18 @@ def fold(
     def step(count: Array, carry: Any) -> Any:
         return body(place(count), carry[1], carry[0], lambda: read(place(count + 1)))
 
+    def several(turn: Array, carry: Any) -> Any:
+        for i in range(at_once):
+            carry = step(at_once * turn + i, carry)
+        return carry
+
     def inner(carry: Any) -> Any:
-        first = place(jnp.int32(0))
-        return jax.lax.fori_loop(0, end - start, step, (carry, read(first)))[0]
+        carry, count = (carry, read(place(jnp.int32(0)))), end - start
+        if at_once == 1:
+            return jax.lax.fori_loop(0, count, step, carry)[0]
+        turns = count // at_once
+        carry = jax.lax.fori_loop(0, turns, several, carry)
+        return jax.lax.fori_loop(at_once * turns, count, step, carry)[0]
 
     def last(index: Array, carry: Any) -> Any:
         chunk = Chunk(program, index, True)

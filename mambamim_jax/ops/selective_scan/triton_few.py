@@ -64,7 +64,7 @@ def forward(p: Program) -> None:
     start = Chunk(p, jnp.minimum(first, p.walk.whole - 1), False)
     ready = _prepare(start, rows(start))
     nothing = [[[p.zeros() for _ in p.channels] for _ in range(p.walk.together)] for _ in ready]
-    carry = fold(p, body, Carry(p.state("first"), ready, nothing, ready), read)
+    carry = fold(p, body, Carry(p.state("first"), ready, nothing, ready), read, at_once=2)
     end = Chunk(p, first + count - 1, False)
     pl.when(count > 0)(lambda: _finish(end, carry.parts, carry.last))
     p.put_state("last", carry.h)

@@ -21,10 +21,10 @@ def walk(f: ScanInputs, launch: Launch, work: str, reverse: bool, interpret: boo
         chunk, channels, team, fill = inference(launch, b, length, e)
     if channels not in (1, 2, 4):
         raise ValueError(f"found {channels} channels a quad, expected 1, 2 or 4")
-    unit = QUAD // channels * (1 if work == "inference" else 2)  # a group, or one of each half backward
-    if chunk < 1 or chunk % unit:
+    least = unit(channels, work)
+    if chunk < 1 or chunk % least:
         raise ValueError(
-            f"found a chunk of {chunk} tokens, expected a multiple of {unit} at {channels} channels a quad"
+            f"found a chunk of {chunk} tokens, expected a multiple of {least} at {channels} channels a quad"
         )
     doubled = work == "saves" and is_wide(launch, b, length, e)
     if doubled:
@@ -56,6 +56,11 @@ def walk(f: ScanInputs, launch: Launch, work: str, reverse: bool, interpret: boo
         interpret=interpret,
     )
     return facts, count
+
+
+def unit(channels: int, work: str) -> int:
+    """Tokens of the shortest chunk: a group, or where states are saved one of each half of the backward pass."""
+    return QUAD // channels * (1 if work == "inference" else 2)
 
 
 def ends(walk: Walk, launch: Launch) -> Walk:

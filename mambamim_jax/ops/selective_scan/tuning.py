@@ -16,12 +16,13 @@ class Launch(NamedTuple):
 
     inference_chunk: int  # tokens unrolled where no states are saved
     inference_channels: int  # channels of a quad there
-    chunk: int  # tokens from one saved state to the next, unrolled; the backward pass keeps their states in registers
+    chunk: int  # tokens from one saved state to the next, unrolled, half as many for states of more than 16;
+    # the backward pass keeps the states of all of them in registers
     channels: (
         int  # channels of a quad in the backward pass; at most twice as many in a forward pass that saves
     )
     warps: int  # warps of a forward program
-    backward_warps: int  # of a backward program; twice as many where they fill the card without segments
+    backward_warps: int  # of a backward program; half as many where e does not divide into programs of them
     fill: int  # warps that fill the card; where a launch has fewer, the length is split into segments
     shortest: int  # tokens below which a segment is not split further
     halve_below: int  # tokens of a segment below which inference halves its channels, where warps are few
@@ -33,8 +34,8 @@ class Launch(NamedTuple):
 
 # The row of (8, 0) is that of (9, 0) with its own fill, not measured.
 TUNED = {
-    (8, 0): Launch(8, 4, 8, 2, 1, 2, 108 * 12, 48, 128, 108 * 8, 1024, 108 * 8, 10),
-    (9, 0): Launch(8, 4, 8, 2, 1, 2, 132 * 12, 48, 128, 132 * 8, 1024, 132 * 8, 10),
+    (8, 0): Launch(8, 4, 8, 2, 1, 4, 108 * 12, 48, 128, 108 * 8, 1024, 108 * 8, 10),
+    (9, 0): Launch(8, 4, 8, 2, 1, 4, 132 * 12, 48, 128, 132 * 8, 1024, 132 * 8, 10),
 }
 
 

@@ -200,14 +200,21 @@ def test_triton_saves_states_with_as_many_channels_or_twice_as_many(reverse, mon
     assert_close(gradients, want_gradients, 1e-4, "gradient")
 
 
-@pytest.mark.parametrize(("fill", "width", "warps"), [(16, 64, 4), (17, 64, 2), (16, 96, 2)])
-def test_triton_backward_programs_of_many_warps(fill, width, warps, monkeypatch):
-    """Four samples of 64 channels make 16 warps; of 96, 24, but those are no whole number of larger programs."""
-    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH._replace(backward_fill=fill))
+@pytest.mark.parametrize(("width", "warps"), [(64, 4), (96, 2)])
+def test_triton_backward_programs_of_half_the_warps(width, warps, monkeypatch):
+    """96 channels are no whole number of programs of four warps, with 64 channels each."""
+    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH._replace(backward_warps=4))
     shape = (4, 3, width, 3)
     assert triton._launch_of(random_inputs(shape)).backward_warps == warps
     gradients = values_and_gradients(random_inputs(shape), cotangents(shape), "pallas_triton")[1]
     assert_close(gradients, expected(shape)[1], 1e-4, "gradient")
+
+
+@pytest.mark.parametrize(("chunk", "n", "found"), [(8, 16, 8), (8, 17, 4), (12, 32, 4), (4, 32, 4)])
+def test_triton_chunks_are_shorter_for_more_states(chunk, n, found, monkeypatch):
+    """Two sets of states; chunks stay multiples of four tokens."""
+    monkeypatch.setattr(triton, "_default_launch", lambda: LAUNCH._replace(chunk=chunk))
+    assert triton._launch_of(random_inputs((*SMALL[:3], n))).chunk == found
 
 
 @pytest.mark.parametrize(("warps", "n"), [(1, 20), (4, 3), (8, 3)])
