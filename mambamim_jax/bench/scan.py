@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
 
 from mambamim_jax.bench.mamba_ssm_kernel import mamba_ssm
 from mambamim_jax.bench.repeat import Compile, Run, alternate, copies_for, repeated
@@ -28,6 +30,7 @@ from mambamim_jax.bench.tables import print_table
 from mambamim_jax.checks import LineParser, whole
 from mambamim_jax.ops.selective_scan import api, triton, tuning
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
+from mambamim_jax.ops.selective_scan.triton_math import LANES
 
 GRID = "4x54,64x54,64x216,2x1728,1x110592"
 CEILINGS = {
@@ -36,8 +39,11 @@ CEILINGS = {
     "A100": (1.4e12, 19.5e12, 2.4e12),
 }
 """Bytes, floating-point operations and exponentials a second."""
+STATES = 16
 NEEDS = {"forward": (4, 137, 20), "forward + backward": (11, 560, 58)}
-"""Per (b, l, e) at n = 16: array elements moved, floating-point operations, exponentials."""
+"""Per (b, l, e) with so many states: array elements moved, floating-point operations, exponentials."""
+IDLE = 384
+"""Programs of the kernel that does nothing: as many as walk four sequences of 768 channels."""
 
 
 def make_inputs(b: int, l: int, e: int, n: int, dtype: str) -> ScanInputs:
@@ -82,16 +88,33 @@ def ours(
     return repeated(once, calls, (inputs, biases), iterations // copies, scratch=True)
 
 
+def idle(programs: int, copies: int, turns: int) -> Compile:
+    """Many runs of a kernel that only stores zeros, from programs of a warp: what launching takes of any of them."""
+
+    def kernel(given: Any, out: Any) -> None:
+        del given  # the calls differ in it
+        pltriton.store(out.at[pl.program_id(0) * LANES + jnp.arange(LANES)], jnp.zeros(LANES))
+
+    once = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((programs * LANES,), jnp.float32),
+        grid=(programs,),
+        compiler_params=pltriton.CompilerParams(num_warps=1),
+    )
+    given = [jnp.full(1, k, jnp.float32) for k in range(copies)]
+    return repeated(once, lambda given: [(x,) for x in given], given, turns)
+
+
 def iterations_for(elements: int) -> int:
     """Enough runs of so many elements (b, l, e) in one launch that its own cost does not show."""
     return max(4, min(10_000, 3_000_000_000 // elements))
 
 
-def floor_seconds(b: int, l: int, e: int, mode: str, dtype: str) -> float | None:
-    """The shortest possible time on this card, or None where its ceilings are not known."""
+def floor_seconds(b: int, l: int, e: int, n: int, mode: str, dtype: str) -> float | None:
+    """The shortest possible time on this card; None where its ceilings, or the needs of so many states, are not known."""
     kind = jax.devices()[0].device_kind
     ceilings = next((value for key, value in CEILINGS.items() if key in kind), None)
-    if ceilings is None:
+    if ceilings is None or n != STATES:
         return None
     elements, operations, exponentials = NEEDS[mode]
     needs = elements * jnp.dtype(dtype).itemsize, operations, exponentials
@@ -148,7 +171,8 @@ def _rows(
     options: argparse.Namespace,
 ) -> list[list[str]]:
     times = alternate(sides, options.rounds)
-    floor, first = floor_seconds(b, l, options.width, mode, options.dtype), next(iter(times.values()))
+    floor = floor_seconds(b, l, options.width, options.state, mode, options.dtype)
+    first = next(iter(times.values()))
     on_cpu = jax.default_backend() == "cpu"
     return [
         [
@@ -263,7 +287,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = options.implementations
     with ThreadPoolExecutor() as pool:
         begun = [measure(b, l, mode, options, pool) for b, l in options.grid for mode in NEEDS]
+        least = pool.submit(idle(IDLE, 16, 500)) if on_gpu else None
     rows = [row for finish in begun for row in finish()]
+    if least is not None:
+        launching = alternate({"": least.result()[0]}, options.rounds)[""][0]
+        print(
+            f"a kernel of {IDLE} programs that does nothing takes {launching * 1e6:.2f} µs in the same loop"
+        )
     if not rows:
         parser.error(f"--implementations: none of {', '.join(names)} runs on this device ({device})")
     header = ["b, l", "pass", "implementation", "µs", "of floor", "scratch MiB", f"time / {names[0]}'s"]
