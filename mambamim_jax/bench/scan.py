@@ -111,7 +111,7 @@ def iterations_for(elements: int) -> int:
 
 
 def floor_seconds(b: int, l: int, e: int, n: int, mode: str, dtype: str) -> float | None:
-    """The shortest possible time on this card; None where its ceilings, or the needs of so many states, are not known."""
+    """The shortest possible time on this card; None if its ceilings or the needs of so many states are not known."""
     kind = jax.devices()[0].device_kind
     ceilings = next((value for key, value in CEILINGS.items() if key in kind), None)
     if ceilings is None or n != STATES:
