@@ -34,6 +34,7 @@ from mambamim_jax.train.step import Batch, Task
 from mambamim_jax.train.summary import Outcome
 from mambamim_jax.train.validation import HeldOut, without_heads
 from mambamim_jax.train.weights import load_start
+from mambamim_jax.train.workdir import claimed
 from mambamim_jax.types import Array, NumpyArray, Tree
 
 TITLES = ("input", "label", "prediction", "error")
@@ -52,8 +53,7 @@ def finetune(config: FinetuneConfig, workdir: Path, terminal: Terminal | None = 
     """
     terminal = terminal or Terminal(quiet=jax.process_index() > 0)
     placement = make_placement(config.mesh, config.data.batch // config.optim.accumulate)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open_checkpoints(workdir, config, terminal.say) as checkpoints:
+    with claimed(workdir, terminal.say), open_checkpoints(workdir, config, terminal.say) as checkpoints:
         new = not checkpoints.steps()
 
         def read() -> tuple[dict[str, NumpyArray], LabelledData]:

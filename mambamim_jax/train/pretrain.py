@@ -26,6 +26,7 @@ from mambamim_jax.train.progress import Terminal
 from mambamim_jax.train.sharding import make_placement
 from mambamim_jax.train.step import Batch, Task
 from mambamim_jax.train.summary import Outcome
+from mambamim_jax.train.workdir import claimed
 from mambamim_jax.types import Array, Tree
 
 TITLES = ("input", "masked", "reconstruction", "absolute error")
@@ -42,8 +43,7 @@ def pretrain(config: PretrainConfig, workdir: Path, terminal: Terminal | None = 
     placement = make_placement(config.mesh, config.data.batch // config.optim.accumulate)
     task = mim_task(config)
     placement.shardings(jax.eval_shape(task.init, jax.random.key(0)))  # refuses what does not divide
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open_checkpoints(workdir, config, terminal.say) as checkpoints:
+    with claimed(workdir, terminal.say), open_checkpoints(workdir, config, terminal.say) as checkpoints:
         rows = placement.rows(config.data.batch)
         loader = first_alone("data", lambda: prepare_data(config, workdir, terminal, rows))
         return train(task, loader, config, workdir, checkpoints, terminal, placement)
