@@ -7,13 +7,14 @@ with its noise, a tenth or less of labels and of a CT whose background was empti
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -21,6 +22,11 @@ from mambamim_jax.types import NumpyArray, Size3
 
 ENCODINGS = {"npy": ".npy", "blosc2": ".b2nd"}
 CHUNK, BLOCK = 64, 32
+ADVICE = "copy the store again, or preprocess again"
+
+
+class UnreadableError(RuntimeError):
+    """An array of a store that can't be read; the message is one line."""
 
 
 def require(encoding: str) -> None:
@@ -53,17 +59,56 @@ def open_array(stem: str) -> Any:
     """What ``write`` wrote, whichever way: has ``shape`` and ``dtype``, and gives a NumPy array when sliced.
 
     The 256 last used files stay open.
+
+    Raises:
+        UnreadableError: it is not there, or not whole.
     """
     return _open(stem, os.getpid())
 
 
 @lru_cache(maxsize=256)
 def _open(stem: str, process: int) -> Any:  # a forked process must not share open files
-    if os.path.exists(stem + ".npy"):
-        return np.asarray(np.load(stem + ".npy", mmap_mode="r"))  # a plain array slices faster than a memmap
-    blosc2 = _blosc2()
-    # mapped: one block costs no system call; one thread: the loader has its own
-    return blosc2.open(stem + ".b2nd", mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
+    plain = os.path.exists(stem + ".npy")
+    blosc2 = None if plain else _blosc2()
+    try:
+        if blosc2 is None:
+            return np.asarray(
+                np.load(stem + ".npy", mmap_mode="r")
+            )  # a plain array slices faster than a memmap
+        # mapped: one block costs no system call; one thread: the loader has its own
+        return blosc2.open(stem + ".b2nd", mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UnreadableError(damage(stem) or f"{stem}: can't be read ({error}); {ADVICE}") from error
+
+
+def damage(stem: str) -> str | None:
+    """What is wrong with an array's file by its header and its size, in one line; None where nothing is."""
+    for encoding, ending in ENCODINGS.items():
+        try:
+            with open(stem + ending, "rb") as file:
+                expected, found = _size(file, encoding), os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            return f"{stem}{ending}: can't be read ({error}); {ADVICE}"
+        return (
+            None
+            if found == expected
+            else f"{stem}{ending}: found {found} bytes, expected {expected}; {ADVICE}"
+        )
+    return f"{stem}{ENCODINGS['npy']}: no such file; {ADVICE}"
+
+
+def _size(file: IO[bytes], encoding: str) -> int:
+    """The bytes of a file of which this is the beginning."""
+    if encoding == "npy":
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        return file.tell() + math.prod(shape) * dtype.itemsize
+    head = file.read(24)
+    if head[2:9] != b"b2frame" or len(head) < 24:
+        raise ValueError("not a frame of blosc2")
+    return int.from_bytes(head[16:24], "big")
 
 
 def hasten(stem: str, limit: int) -> None:

@@ -9,11 +9,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mambamim_jax.data import worker
+from mambamim_jax.data import arrays, worker
 from mambamim_jax.data.datasets import Case
 from mambamim_jax.data.preprocess import TEMPORARY, dump_json, stamp, write_atomic
 
@@ -25,6 +26,8 @@ class StoreError(RuntimeError):
     """A store that can't be opened or written; the message is one line."""
 
 
+THREADS = 16
+"""For looking at many small files, which on a file server mostly waits."""
 EARLIER = {"intensity": "hu", "labels": "nearest"}
 """What ``store.json`` left out once, and how the volumes were made then."""
 
@@ -55,7 +58,8 @@ def check_spec(folder: Path, spec: dict[str, Any]) -> None:
 
 
 def _record_path(case: Case) -> str:
-    paths = [os.path.abspath(p) for p in (*case.images, *([case.label] if case.label else []))]
+    images, label = _sources(case)
+    paths = [*images, *([label] if label else [])]
     return f"cases/{hashlib.sha256(chr(0).join([case.id, *paths]).encode()).hexdigest()[:24]}.json"
 
 
@@ -70,18 +74,14 @@ def bring_up_to_date(
             )
     records: dict[str, dict[str, Any]] = {}
     jobs: dict[str, dict[str, Any]] = {}
-    for case in cases:
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda case: _current(folder, case), cases))
+    for case, record in zip(cases, found):
         path = _record_path(case)
-        images = [os.path.abspath(p) for p in case.images]
-        label = os.path.abspath(case.label) if case.label else None
-        record = _load(folder / path)
-        if (
-            record
-            and record["stamp"] == stamp([*images, *([label] if label else [])])
-            and _whole(folder, record)
-        ):
+        if record:
             records[path] = record
         else:
+            images, label = _sources(case)
             jobs[path] = {"store": str(folder), "record": path, "id": case.id, "source": case.source}
             jobs[path] |= {"images": images, "label": label}
             jobs[path] |= {key: value for key, value in spec.items() if key != "version"}
@@ -94,6 +94,30 @@ def bring_up_to_date(
         if progress:
             progress(len(records), len(cases), record["id"])
     return [records[_record_path(case)] for case in cases]
+
+
+def _sources(case: Case) -> tuple[list[str], str | None]:
+    images = [os.path.abspath(p) for p in case.images]
+    return images, os.path.abspath(case.label) if case.label else None
+
+
+def _current(folder: Path, case: Case) -> Record | None:
+    """A case's record if its files are as they were, and so is its volume; a damaged one is removed."""
+    record, (images, label) = _load(folder / _record_path(case)), _sources(case)
+    if not record or record["stamp"] != stamp([*images, *([label] if label else [])]):
+        return None
+    if not _whole(folder, record):
+        return None
+    if record["status"] == "used" and damage(folder, record["volume"], record.get("label_status") == "ok"):
+        shutil.rmtree(folder / "volumes" / record["volume"], ignore_errors=True)
+        return None
+    return record
+
+
+def damage(folder: Path, name: str, has_label: bool) -> str | None:
+    """What is wrong with the files of a volume, see ``arrays.damage``."""
+    parts = ("image", "index", "label") if has_label else ("image", "index")
+    return next(filter(None, (arrays.damage(f"{folder}/volumes/{name}/{part}") for part in parts)), None)
 
 
 def _load(path: Path) -> dict[str, Any] | None:

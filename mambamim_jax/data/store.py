@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -214,7 +215,7 @@ def open_store(folder: str | Path) -> Store:
     """Open all usable volumes of a finished store.
 
     Raises:
-        StoreError: no store there, or of another version.
+        StoreError: no store there, or of another version, or not all of it.
     """
     folder = Path(folder)
     try:
@@ -227,7 +228,13 @@ def open_store(folder: str | Path) -> Store:
         raise StoreError(
             f"{folder}: store version {manifest.get('version')}, this code reads {VERSION}; preprocess again"
         )
-    return Store(folder, manifest["spec"], manifest["volumes"], manifest["cases"])
+    store = Store(folder, manifest["spec"], manifest["volumes"], manifest["cases"])
+    with ThreadPoolExecutor(builder.THREADS) as pool:
+        looks = pool.map(lambda entry: builder.damage(folder, entry.folder, entry.has_label), store.entries)
+        damaged = [found for found in looks if found]
+    if damaged:
+        raise StoreError(f"{len(damaged)} of {len(store)} volumes are damaged, first {damaged[0]}")
+    return store
 
 
 def is_store(folder: str | Path) -> bool:
