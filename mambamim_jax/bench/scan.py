@@ -22,15 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
 from mambamim_jax.bench.mamba_ssm_kernel import mamba_ssm
 from mambamim_jax.bench.repeat import Compile, Run, alternate, copies_for, repeated
 from mambamim_jax.bench.tables import print_table
 from mambamim_jax.checks import LineParser, whole
-from mambamim_jax.ops.selective_scan import api, triton, tuning
+from mambamim_jax.ops.selective_scan import api, tuning
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
-from mambamim_jax.ops.selective_scan.triton_math import LANES
 
 GRID = "4x54,64x54,64x216,2x1728,1x110592"
 CEILINGS = {
@@ -68,6 +66,8 @@ def ours(
 
     def once(inputs: ScanInputs) -> Any:
         if launch is not None:
+            from mambamim_jax.ops.selective_scan import triton  # its backend may be missing
+
             saved: Any
             y, _, saved = triton.forward(inputs, False, mode != "forward", launch=launch)
             if mode == "forward":
@@ -90,14 +90,15 @@ def ours(
 
 def idle(programs: int, copies: int, turns: int) -> Compile:
     """Many runs of a kernel that only stores zeros, from programs of a warp: what launching takes of any of them."""
+    from jax.experimental.pallas import triton as pltriton  # may be missing
 
     def kernel(given: Any, out: Any) -> None:
         del given  # the calls differ in it
-        pltriton.store(out.at[pl.program_id(0) * LANES + jnp.arange(LANES)], jnp.zeros(LANES))
+        pltriton.store(out.at[pl.program_id(0) * 32 + jnp.arange(32)], jnp.zeros(32))
 
     once = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((programs * LANES,), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((programs * 32,), jnp.float32),
         grid=(programs,),
         compiler_params=pltriton.CompilerParams(num_warps=1),
     )
@@ -192,6 +193,8 @@ def _rows(
 
 def sweep(b: int, l: int, options: argparse.Namespace, pool: Executor) -> list[list[str]]:
     """The rows of the sweep from which `tuning.TUNED` is chosen."""
+    from mambamim_jax.ops.selective_scan import triton
+
     inputs = make_inputs(b, l, options.width, options.state, options.dtype)
     iterations = iterations_for(b * l * options.width)
     base = triton._default_launch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 from types import ModuleType
@@ -12,7 +13,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from mambamim_jax.ops import partition
-from mambamim_jax.ops.selective_scan import associative, reference, sequential, triton
+from mambamim_jax.ops.selective_scan import associative, cards, reference, sequential
 from mambamim_jax.ops.selective_scan.contract import ScanInputs, like_inputs
 from mambamim_jax.types import Array
 
@@ -26,21 +27,45 @@ class Kernel(NamedTuple):
     backward: Callable[..., ScanInputs]
 
 
-def _mosaic() -> ModuleType:
-    """The module, imported when it is asked for: its backend takes longer to load than all else here."""
-    from mambamim_jax.ops.selective_scan import mosaic
+@functools.cache
+def _module(name: str) -> ModuleType | None:
+    """The module of a kernel; None where this jax has no such backend.
 
-    return mosaic
+    Imported when it is asked for: backends take longer to load than all else here, and may be gone one day.
+    """
+    try:
+        return importlib.import_module(f"mambamim_jax.ops.selective_scan.{name.removeprefix('pallas_')}")
+    except ImportError as error:
+        log.debug("%s: %s", name, error)
+        return None
+
+
+def _kernel(name: str) -> Kernel:
+    """Its functions, found when they are called."""
+
+    def forward(*args: Any, **options: Any) -> Any:
+        return _present(name).forward(*args, **options)
+
+    def backward(*args: Any) -> Any:
+        return _present(name).backward(*args)
+
+    return Kernel(forward, backward)
+
+
+def _present(name: str) -> ModuleType:
+    found = _module(name)
+    if found is None:
+        lacking = f"jax {jax.__version__} has no such backend of Pallas"
+        raise ValueError(f"selective_scan: implementation {name!r}: {lacking}; use 'auto'")
+    return found
 
 
 PLAIN = {"reference": reference.scan, "associative": associative.scan}
 """Implementations that JAX differentiates: f(inputs, reverse) -> y, last_state."""
 KERNELS = {
     "sequential": Kernel(sequential.forward, sequential.backward),
-    "pallas_triton": Kernel(triton.forward, triton.backward),
-    "pallas_mosaic": Kernel(
-        lambda *args, **save: _mosaic().forward(*args, **save), lambda *args: _mosaic().backward(*args)
-    ),
+    "pallas_triton": _kernel("pallas_triton"),
+    "pallas_mosaic": _kernel("pallas_mosaic"),
 }
 """Implementations with a backward pass of their own."""
 IMPLEMENTATIONS = ("auto", *PLAIN, *KERNELS)
@@ -90,8 +115,8 @@ def selective_scan(
         where an input is. Arithmetic is in the state's dtype whatever the inputs' are.
 
     Raises:
-        ValueError: if the shapes do not fit each other, the implementation is unknown, or "pallas_mosaic" is asked
-            for on a GPU older than Hopper or with inputs that it cannot take.
+        ValueError: if the shapes do not fit each other, the implementation is unknown or one that this jax has no
+            backend for, or "pallas_mosaic" is asked for on a GPU older than Hopper or with inputs that it cannot take.
     """
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     _check(inputs)
@@ -157,7 +182,7 @@ def _require_mosaic(inputs: ScanInputs) -> None:
     """Checked here, since compiling for an older card would abort the process; a CPU may lower for a card."""
     platform, capability = _device()
     card = ("gpu", "9.0") if platform == "cpu" else (platform, capability)
-    reason = _mosaic().refusal(inputs, *card)
+    reason = cards.refusal(inputs, *card, cards.HOPPER)
     if reason is not None:
         raise ValueError(f"selective_scan: implementation 'pallas_mosaic': {reason}; use 'auto'")
 
@@ -167,9 +192,15 @@ def _choose(inputs: ScanInputs) -> str:
     platform, capability = _device()
     if platform == "cpu":
         return "sequential"
-    reason = triton.refusal(inputs, platform, capability)
-    if reason is None:
+    reason = cards.refusal(inputs, platform, capability)
+    if reason is None and _module("pallas_triton"):
         return "pallas_triton"
+    if reason is None:
+        reason = f"jax {jax.__version__} has no Triton backend of Pallas"
+        newer = cards.refusal(inputs, platform, capability, cards.HOPPER) is None
+        if newer and _module("pallas_mosaic"):
+            _log_once(f"selective_scan: pallas_mosaic runs instead of pallas_triton: {reason}")
+            return "pallas_mosaic"
     _log_once(f"selective_scan: the associative scan runs instead of the GPU kernel: {reason}")
     return "associative"
 

@@ -1,7 +1,7 @@
 """The selective scan on NVIDIA GPUs, Hopper and newer, through the Mosaic GPU backend of Pallas.
 
-Kept for the day when the Triton backend is gone; `auto` does not choose it. The length is not cut into segments,
-so that it suits batches that fill the card.
+Kept for the day when the Triton backend is gone; until then `auto` does not choose it. The length is not cut into
+segments, so that it suits batches that fill the card.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mambamim_jax.ops.selective_scan import mosaic_kernels as kernels
-from mambamim_jax.ops.selective_scan import triton
 from mambamim_jax.ops.selective_scan.contract import ScanInputs, last_gradient
 from mambamim_jax.types import Array
 
@@ -40,14 +39,6 @@ def interpreted() -> Iterator[None]:
         yield
     finally:
         _interpret = before
-
-
-def refusal(inputs: ScanInputs, platform: str, capability: str) -> str | None:
-    """Why the kernels cannot take these inputs on this device, or None where they can."""
-    reason = triton.refusal(inputs, platform, capability)
-    if reason is None and int(capability.split(".")[0]) < 9:
-        return f"found compute capability {capability}, expected 9.0 (Hopper) or newer"
-    return reason
 
 
 def forward(inputs: ScanInputs, reverse: bool, save: bool) -> tuple[Array, Array, Array | None]:

@@ -28,9 +28,6 @@ from mambamim_jax.ops.selective_scan.triton_totals import totals
 from mambamim_jax.ops.selective_scan.tuning import Launch, launch_for
 from mambamim_jax.types import Array
 
-LARGEST_STATE = 32
-"""States a channel that the kernels can keep in registers."""
-
 _interpret = False
 
 
@@ -43,19 +40,6 @@ def interpreted() -> Iterator[None]:
         yield
     finally:
         _interpret = before
-
-
-def refusal(inputs: ScanInputs, platform: str, capability: str) -> str | None:
-    """Why the kernels cannot take these inputs on this device, or None where they can."""
-    if platform not in ("gpu", "cuda"):
-        return f"found platform {platform}, expected an NVIDIA GPU"
-    if tuple(int(part) for part in capability.split(".") if part.isdigit()) < (8, 0):
-        return f"found compute capability {capability or 'unknown'}, expected 8.0 (Ampere) or newer"
-    if inputs.A.shape[1] > LARGEST_STATE:
-        return f"found a state of {inputs.A.shape[1]}, expected {LARGEST_STATE} or less"
-    if any(x is not None and x.dtype == jnp.float64 for x in inputs):
-        return "found float64 inputs, expected float32 or narrower"
-    return None
 
 
 def forward(

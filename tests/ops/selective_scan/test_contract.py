@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import pytest
 
-from mambamim_jax.ops.selective_scan import api, selective_scan, triton, triton_plan, tuning
+from mambamim_jax.ops.selective_scan import api, cards, selective_scan, triton, triton_plan, tuning
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
 from tests.ops.selective_scan.cases import assert_close, random_inputs, run
 
@@ -53,11 +53,11 @@ def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
 
 def test_kernel_says_why_it_refuses():
     inputs = random_inputs(SHAPE)
-    assert triton.refusal(inputs, "gpu", "9.0") is None
-    assert "expected 8.0" in str(triton.refusal(inputs, "gpu", "7.5"))
-    assert "platform tpu" in str(triton.refusal(inputs, "tpu", ""))
-    assert "state of 64" in str(triton.refusal(random_inputs((1, 2, 4, 64)), "gpu", "8.0"))
-    assert "float64" in str(triton.refusal(random_inputs(SHAPE, "float64"), "gpu", "8.0"))
+    assert cards.refusal(inputs, "gpu", "9.0") is None
+    assert "expected 8.0" in str(cards.refusal(inputs, "gpu", "7.5"))
+    assert "platform tpu" in str(cards.refusal(inputs, "tpu", ""))
+    assert "state of 64" in str(cards.refusal(random_inputs((1, 2, 4, 64)), "gpu", "8.0"))
+    assert "float64" in str(cards.refusal(random_inputs(SHAPE, "float64"), "gpu", "8.0"))
 
 
 def test_launch_of_an_unlisted_card_is_the_older_row():
