@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = options.implementations
     with ThreadPoolExecutor() as pool:
         begun = [measure(b, l, mode, options, pool) for b, l in options.grid for mode in NEEDS]
-        least = pool.submit(idle(IDLE, 16, 500)) if on_gpu else None
+        least = pool.submit(idle(IDLE, 16, 500)) if on_gpu and "pallas_triton" in names else None
     rows = [row for finish in begun for row in finish()]
     if least is not None:
         launching = alternate({"": least.result()[0]}, options.rounds)[""][0]
