@@ -36,7 +36,6 @@ def run_training(arguments: list[str], kind: type[C], usage: str, work: Callable
 
     import jax
 
-    from mambamim_jax.data.arrays import UnreadableError
     from mambamim_jax.data.datasets import DatasetError
     from mambamim_jax.data.store import DataLossError, StoreError
     from mambamim_jax.train import processes, signals
@@ -51,7 +50,6 @@ def run_training(arguments: list[str], kind: type[C], usage: str, work: Callable
         DatasetError,
         DataLossError,
         StoreError,
-        UnreadableError,
         DamagedError,
         NonFiniteError,
         processes.PeerError,

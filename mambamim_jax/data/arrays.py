@@ -25,8 +25,8 @@ CHUNK, BLOCK = 64, 32
 ADVICE = "copy the store again, or preprocess again"
 
 
-class UnreadableError(RuntimeError):
-    """An array of a store that can't be read; the message is one line."""
+class StoreError(RuntimeError):
+    """A store that can't be opened, read or written; the message is one line."""
 
 
 def require(encoding: str) -> None:
@@ -61,24 +61,22 @@ def open_array(stem: str) -> Any:
     The 256 last used files stay open.
 
     Raises:
-        UnreadableError: it is not there, or not whole.
+        StoreError: it is not there, or not whole.
     """
     return _open(stem, os.getpid())
 
 
 @lru_cache(maxsize=256)
 def _open(stem: str, process: int) -> Any:  # a forked process must not share open files
-    plain = os.path.exists(stem + ".npy")
-    blosc2 = None if plain else _blosc2()
+    blosc2 = None if os.path.exists(stem + ".npy") else _blosc2()
     try:
         if blosc2 is None:
-            return np.asarray(
-                np.load(stem + ".npy", mmap_mode="r")
-            )  # a plain array slices faster than a memmap
+            # a plain array slices faster than a memmap
+            return np.asarray(np.load(stem + ".npy", mmap_mode="r"))
         # mapped: one block costs no system call; one thread: the loader has its own
         return blosc2.open(stem + ".b2nd", mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
     except (OSError, ValueError, RuntimeError) as error:
-        raise UnreadableError(damage(stem) or f"{stem}: can't be read ({error}); {ADVICE}") from error
+        raise StoreError(damage(stem) or f"{stem}: can't be read ({error}); {ADVICE}") from error
 
 
 def damage(stem: str) -> str | None:
@@ -91,11 +89,9 @@ def damage(stem: str) -> str | None:
             continue
         except (OSError, ValueError) as error:
             return f"{stem}{ending}: can't be read ({error}); {ADVICE}"
-        return (
-            None
-            if found == expected
-            else f"{stem}{ending}: found {found} bytes, expected {expected}; {ADVICE}"
-        )
+        if found != expected:
+            return f"{stem}{ending}: found {found} bytes, expected {expected}; {ADVICE}"
+        return None
     return f"{stem}{ENCODINGS['npy']}: no such file; {ADVICE}"
 
 

@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mambamim_jax.data import arrays, worker
+from mambamim_jax.data.arrays import StoreError
 from mambamim_jax.data.datasets import Case
 from mambamim_jax.data.preprocess import TEMPORARY, dump_json, stamp, write_atomic
 
 Progress = Callable[[int, int, str], None]
 Record = dict[str, Any]
-
-
-class StoreError(RuntimeError):
-    """A store that can't be opened or written; the message is one line."""
 
 
 THREADS = 16

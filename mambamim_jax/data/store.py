@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from mambamim_jax.data import arrays, builder, crop, volume
-from mambamim_jax.data.builder import Progress, Record, StoreError
+from mambamim_jax.data.arrays import StoreError
+from mambamim_jax.data.builder import Progress, Record
 from mambamim_jax.data.datasets import Case, discover
 from mambamim_jax.data.preprocess import dump_json, write_atomic
 from mambamim_jax.types import NumpyArray, Size3, Spacing

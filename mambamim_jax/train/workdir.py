@@ -68,7 +68,7 @@ def _claim(workdir: Path, say: Callable[[str], None], patience: float) -> IO[str
 
 
 def _locked(file: IO[str], say: Callable[[str], None]) -> bool:
-    """Tries to take the lock, which unlike flock's a forked child does not keep."""
+    """Takes the lock, which unlike flock's a forked child does not keep; whether that went, or there are no locks."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -63,10 +63,10 @@ def test_what_is_damaged_while_it_is_used_is_named(tmp_path):
     opened = store.prepare(datasets.discover(folder), tmp_path / "store", workers=0)
     path = Path(opened.path(0, "image") + ".npy")
     _damage(path, "short")
-    with pytest.raises(arrays.UnreadableError, match=r"image\.npy: found \d+ bytes, expected \d+"):
+    with pytest.raises(store.StoreError, match=r"image\.npy: found \d+ bytes, expected \d+"):
         opened.image(0)
     path.unlink()
-    with pytest.raises(arrays.UnreadableError, match=r"image\.npy: no such file"):
+    with pytest.raises(store.StoreError, match=r"image\.npy: no such file"):
         opened.image(0)
 
 

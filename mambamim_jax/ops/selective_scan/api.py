@@ -27,37 +27,31 @@ class Kernel(NamedTuple):
     backward: Callable[..., ScanInputs]
 
 
-@functools.cache
-def _module(name: str) -> ModuleType | None:
-    """The module of a kernel; None where this jax has no such backend.
+def _module(name: str) -> ModuleType:
+    """The module of a kernel, imported when it is asked for: its backend may be slow to load, or gone one day."""
+    return importlib.import_module(f"mambamim_jax.ops.selective_scan.{name.removeprefix('pallas_')}")
 
-    Imported when it is asked for: backends take longer to load than all else here, and may be gone one day.
-    """
+
+@functools.cache
+def _missing(name: str) -> str | None:
+    """Why the backend of a kernel is not there, or None where it is."""
     try:
-        return importlib.import_module(f"mambamim_jax.ops.selective_scan.{name.removeprefix('pallas_')}")
+        _module(name)
     except ImportError as error:
-        log.debug("%s: %s", name, error)
-        return None
+        return f"jax {jax.__version__} has no such backend of Pallas ({error})"
+    return None
 
 
 def _kernel(name: str) -> Kernel:
     """Its functions, found when they are called."""
 
     def forward(*args: Any, **options: Any) -> Any:
-        return _present(name).forward(*args, **options)
+        return _module(name).forward(*args, **options)
 
     def backward(*args: Any) -> Any:
-        return _present(name).backward(*args)
+        return _module(name).backward(*args)
 
     return Kernel(forward, backward)
-
-
-def _present(name: str) -> ModuleType:
-    found = _module(name)
-    if found is None:
-        lacking = f"jax {jax.__version__} has no such backend of Pallas"
-        raise ValueError(f"selective_scan: implementation {name!r}: {lacking}; use 'auto'")
-    return found
 
 
 PLAIN = {"reference": reference.scan, "associative": associative.scan}
@@ -121,8 +115,8 @@ def selective_scan(
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     _check(inputs)
     name = _choose(inputs) if implementation == "auto" else implementation
-    if name == "pallas_mosaic":
-        _require_mosaic(inputs)
+    if name.startswith("pallas"):
+        _require(name, inputs)
     if name in KERNELS:
         y, last = _scan_parts(name, reverse, return_last_state, inputs)
     elif name in PLAIN:
@@ -178,13 +172,18 @@ def _device() -> tuple[str, str]:
     return platform, getattr(device, "compute_capability", "")
 
 
-def _require_mosaic(inputs: ScanInputs) -> None:
-    """Checked here, since compiling for an older card would abort the process; a CPU may lower for a card."""
-    platform, capability = _device()
-    card = ("gpu", "9.0") if platform == "cpu" else (platform, capability)
-    reason = cards.refusal(inputs, *card, cards.HOPPER)
+def _require(name: str, inputs: ScanInputs) -> None:
+    """Raises ValueError for a kernel that is not there, or Mosaic's where compiling it would abort the process.
+
+    A CPU may lower for a card.
+    """
+    reason = _missing(name) if name in KERNELS else None
+    if name == "pallas_mosaic" and reason is None:
+        platform, capability = _device()
+        card = ("gpu", "9.0") if platform == "cpu" else (platform, capability)
+        reason = cards.refusal(inputs, *card, cards.HOPPER)
     if reason is not None:
-        raise ValueError(f"selective_scan: implementation 'pallas_mosaic': {reason}; use 'auto'")
+        raise ValueError(f"selective_scan: implementation {name!r}: {reason}; use 'auto'")
 
 
 def _choose(inputs: ScanInputs) -> str:
@@ -192,15 +191,12 @@ def _choose(inputs: ScanInputs) -> str:
     platform, capability = _device()
     if platform == "cpu":
         return "sequential"
-    reason = cards.refusal(inputs, platform, capability)
-    if reason is None and _module("pallas_triton"):
-        return "pallas_triton"
+    reason = cards.refusal(inputs, platform, capability) or _missing("pallas_triton")
     if reason is None:
-        reason = f"jax {jax.__version__} has no Triton backend of Pallas"
-        newer = cards.refusal(inputs, platform, capability, cards.HOPPER) is None
-        if newer and _module("pallas_mosaic"):
-            _log_once(f"selective_scan: pallas_mosaic runs instead of pallas_triton: {reason}")
-            return "pallas_mosaic"
+        return "pallas_triton"
+    if not (cards.refusal(inputs, platform, capability, cards.HOPPER) or _missing("pallas_mosaic")):
+        _log_once(f"selective_scan: pallas_mosaic runs instead of pallas_triton: {reason}")
+        return "pallas_mosaic"
     _log_once(f"selective_scan: the associative scan runs instead of the GPU kernel: {reason}")
     return "associative"
 
