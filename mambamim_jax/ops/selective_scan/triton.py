@@ -221,12 +221,12 @@ def _entries(
         {**given, "dy": None if dy is None else _rows(dy)},
         outputs | ({"dt": _flat(f.u)} if keep else {}),
     )
-    single = walk._replace(channels=1, block=LANES)
+    single = walk._replace(block=LANES, skip=0)
     combined = _launch(
         functools.partial(kernels.combine, segments=segments, adjoint=adjoint),
         "combine",
         single,
-        (_programs(f, single), b, 1),
+        (-(-e // LANES), b, n),
         {"A": arrays["A"], "first": None if edge is None else edge[None], **{k: found[k] for k in outputs}},
         {"entry": _float(segments, b, n, e)},
     )

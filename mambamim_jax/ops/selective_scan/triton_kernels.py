@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as pltriton
 
 from mambamim_jax.ops.selective_scan.triton_chunks import Chunk, Data, Group, fold
-from mambamim_jax.ops.selective_scan.triton_math import LOG2E
+from mambamim_jax.ops.selective_scan.triton_math import LANES, LOG2E
 from mambamim_jax.ops.selective_scan.triton_program import QUAD, Program, State, Vectors
 from mambamim_jax.ops.selective_scan.triton_sums import WarpSums
 from mambamim_jax.types import Array
@@ -20,7 +22,7 @@ Fetch = Callable[[], Any]
 Carry = tuple[State, State, Array, Array]
 """The gradient of the state, and what was summed of those of A, D and delta_bias."""
 
-AT_ONCE = 16
+AT_ONCE = 32
 """Segments that `combine` reads at once."""
 
 
@@ -105,24 +107,31 @@ def _adjoint_step(p: Program, group: Group, g: State, turn: int) -> State:
 def combine(p: Program, segments: int, adjoint: bool) -> None:
     """From the ends of segments to the state that enters every segment, ``entry`` (segments, b, n, e).
 
-    Several segments are read at once, since otherwise each would wait for memory.
+    A program has one state of a sample, a lane one channel of it. Several segments are read at once, since otherwise
+    each would wait for memory.
     """
+    refs, state = p.refs, p.segment
+    channel = jnp.minimum(p.block * LANES + p.lane, p.width - 1)
+    A = pltriton.load(refs["A"].at[channel, state]) * LOG2E
 
-    def some(first: int | Array, count: int, h: State) -> State:
+    def spot(name: str, segment: int | Array) -> Any:
+        return refs[name].at[segment, p.sample, state, channel]
+
+    def some(first: int | Array, count: int, h: Array) -> Array:
         places = [segments - 1 - first - i if adjoint else first + i for i in range(count)]
-        read = [(p.totals(s), p.natural(p.refs["end"], s, p.sample)) for s in places]
-        for s, (total, end) in zip(places, read):
-            p.put_state("entry", h, s)
-            decays = p.decays(total)
-            h = [[p.math.fma(*three) for three in zip(*channel)] for channel in zip(decays, h, end)]
+        totals = [pltriton.load(refs["total"].at[s, p.sample, channel]) for s in places]
+        ends = [pltriton.load(spot("end", s)) for s in places]
+        for s, total, end in zip(places, totals, ends):
+            pltriton.store(spot("entry", s), h)
+            h = p.math.fma(p.math.exp2(total * A), h, end)
         return h
 
     whole, rest = divmod(segments - 1, AT_ONCE)
-    h = p.state("first")
+    h = pltriton.load(spot("first", 0)) if "first" in refs else p.zeros()
     if whole:
         h = jax.lax.fori_loop(0, whole, lambda i, h: some(i * AT_ONCE, AT_ONCE, h), h)
     h = some(whole * AT_ONCE, rest, h)
-    p.put_state("entry", h, 0 if adjoint else segments - 1)
+    pltriton.store(spot("entry", 0 if adjoint else segments - 1), h)
 
 
 class Trail(NamedTuple):

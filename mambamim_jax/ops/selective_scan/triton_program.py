@@ -158,13 +158,6 @@ class Program:
             self.natural(self.refs[name], self.segment, self.sample) if name in self.refs else self.nothing()
         )
 
-    def totals(self, segment: int | Array) -> Vectors:
-        """A segment's sums of delta, ``total`` (segments, b, e), for each of a lane's channels."""
-        return [
-            pltriton.load(self.refs["total"].at[segment, self.sample, self.channel ^ k])
-            for k in self.channels
-        ]
-
     def put_state(self, name: str, value: State, segment: int | Array | None = None) -> None:
         """Stores into a state per segment."""
         at = self.segment if segment is None else segment, self.sample
