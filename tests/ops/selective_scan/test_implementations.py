@@ -12,6 +12,7 @@ from mambamim_jax.ops.selective_scan import (
     mosaic,
     selective_scan,
     triton,
+    triton_kernels,
     triton_plan,
     tuning,
 )
@@ -278,6 +279,7 @@ def test_triton_fills_the_card_with_fewer_warps_in_the_backward_pass(work, lengt
 def test_triton_with_more_segments_than_are_combined_at_once(reverse, monkeypatch):
     """Four tokens a segment make 20, so that 19 ends are combined, each of one chunk: a loop of 16 and three more."""
     shape = (1, 78, 8, 4)
+    monkeypatch.setattr(triton_kernels, "AT_ONCE", 16)
     monkeypatch.setattr(
         triton,
         "_default_launch",
