@@ -180,6 +180,9 @@ def test_a_folder_is_predicted_resumed_and_guarded(main, capsys, model, scans, t
     assert (out / "a.nii.gz").read_bytes() == b"kept"
     assert (out / "b.nii.gz").exists()
     refused(main, capsys, [*arguments, "--overlap=0.25"], "were made with other overlap")
+    assert main([*arguments, "--probabilities"]) == 0
+    assert sorted(p.name for p in out.glob("*.nii")) == ["a_probabilities.nii", "b_probabilities.nii"]
+    (out / "a.nii.gz").write_bytes(b"kept")
     assert main([*arguments, "--overwrite"]) == 0
     assert (out / "a.nii.gz").read_bytes() == first
 
@@ -254,6 +257,9 @@ def test_wrong_arguments_are_refused_before_any_work(main, capsys, model, scans,
     refused(main, capsys, [fine[0], f"--input={tmp_path / 'gone.nii'}", out], "no such file or folder")
     (tmp_path / "empty").mkdir()
     refused(main, capsys, [fine[0], f"--input={tmp_path / 'empty'}", out], "no .nii or .nii.gz files in it")
+    scanned = (scans / "a_0000.nii.gz").read_bytes()
+    refused(main, capsys, [*fine[:2], f"--output={scans}", "--overwrite"], f"the scans lie in {scans}")
+    assert (scans / "a_0000.nii.gz").read_bytes() == scanned
     refused(main, capsys, [*fine, "--overlap=1"], "expected a share in [0, 1)")
     refused(main, capsys, [*fine, "--window=20,16,16"], "expected sides divisible by 16")
     encoder = describe(task="encoder")

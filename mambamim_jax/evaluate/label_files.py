@@ -55,12 +55,17 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def aside(target: Path) -> Iterator[Path]:
     """A path to write to; becomes ``target`` if all goes well, else nothing."""
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_of(target)
     try:
         yield partial
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_of(target: Path) -> Path:
+    """Where a file is written before it gets its name; what a killed run leaves behind."""
+    return target.with_name(f".{target.name}.partial")
 
 
 def _header(like: Path, shape: Sequence[int], dtype: np.dtype, slope: float = 1.0) -> bytes:

@@ -9,16 +9,17 @@ Outside the box of what is above the window's low end, which training never saw,
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mambamim_jax.data.builder import explain
 from mambamim_jax.data.volume import VolumeError
 from mambamim_jax.evaluate.inputs import InputError, Scan, find_cases, foreground, read_scan
-from mambamim_jax.evaluate.label_files import probability_file, write_labels, write_text
+from mambamim_jax.evaluate.label_files import probability_file, write_labels
 from mambamim_jax.evaluate.labels import probabilities
+from mambamim_jax.evaluate.output import LABELS, PROBABILITIES, Output, check_apart
 from mambamim_jax.evaluate.painter import Painter, place
 from mambamim_jax.evaluate.sliding_window import SlidingWindow
 from mambamim_jax.model_files import WEIGHTS, LoadedModel, ModelFileError, load_model, network_of
@@ -27,7 +28,6 @@ from mambamim_jax.types import Array, NumpyArray, Size3, Tree
 
 MARGIN = 8
 """Voxels around the body's box, whose borders need some context."""
-SETTINGS = "predictions.json"
 STRIDE = 16
 SAME = ("channel_names", "normalisation", "spacing", "labels", "regions")
 """What the models of an ensemble must have in common besides the network."""
@@ -127,30 +127,44 @@ def predict(
 
     Returns: one line for each case that could not be predicted.
 
-    Raises: ModelFileError or InputError before any work.
+    Raises: ModelFileError, or InputError before any work, or where the output can't be written; cases that are done
+      stay.
     """
-    terminal, output = terminal or Terminal(), Path(output).expanduser()
+    terminal, folder = terminal or Terminal(), Path(output).expanduser()
     predictor = Predictor(paths, options)
     cases = find_cases(source, predictor.description["channel_names"])
-    _settle(output, predictor, overwrite)
-    todo = {
-        case: files for case, files in cases.items() if overwrite or not (output / f"{case}.nii.gz").exists()
-    }
-    if len(todo) < len(cases):
-        terminal.say(f"{len(cases) - len(todo)} of {len(cases)} cases are in {output} already and are kept")
+    check_apart(cases, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        record = Output(folder, predictor.settings(), options.probabilities)
+        todo = record.begin(cases, overwrite)
+        if len(todo) < len(cases):
+            terminal.say(
+                f"{len(cases) - len(todo)} of {len(cases)} cases are in {folder} already and are kept"
+            )
+        return _predict_all(predictor, {case: cases[case] for case in todo}, record, terminal)
+    except OSError as error:
+        raise InputError(explain(error, folder)) from error
+
+
+def _predict_all(
+    predictor: Predictor, cases: Mapping[str, Sequence[Path]], output: Output, terminal: Terminal
+) -> list[str]:
+    """One line for each case that could not be predicted."""
     failures = []
     with terminal.counting("Predicting") as count:
-        for number, (case, files) in enumerate(todo.items()):
+        for number, (case, files) in enumerate(cases.items()):
 
             def note(done: int, windows: int, number: int = number, case: str = case) -> None:
-                count(number, len(todo), f"{case}, window {done} of {windows}")
+                count(number, len(cases), f"{case}, window {done} of {windows}")
 
             try:
-                predict_case(predictor, files, output / f"{case}.nii.gz", note)
+                predict_case(predictor, files, output.labels_of(case), note)
+                output.finish(case)
             except (VolumeError, InputError) as error:
                 failures.append(str(error))
                 terminal.say(f"error: {error}")
-            count(number + 1, len(todo), case)
+            count(number + 1, len(cases), case)
     return failures
 
 
@@ -165,10 +179,8 @@ def predict_case(
     if not predictor.options.probabilities:
         write_labels(predictor.labels(scan, progress), files[0], target)
         return
-    name = target.name.removesuffix(".nii.gz")
-    with probability_file(
-        files[0], target.with_name(f"{name}_probabilities.nii"), predictor.description["classes"]
-    ) as kept:
+    soft = target.with_name(target.name.removesuffix(LABELS) + PROBABILITIES)
+    with probability_file(files[0], soft, predictor.description["classes"]) as kept:
         labels = predictor.labels(scan, progress, kept)
     write_labels(labels, files[0], target)
 
@@ -184,26 +196,6 @@ def _check_member(model: LoadedModel, first: LoadedModel) -> None:
             raise InputError(
                 f"{model.path}: {key} {ours}, but {theirs} in {first.path}; an ensemble must agree"
             )
-
-
-def _settle(output: Path, predictor: Predictor, overwrite: bool) -> None:
-    """Makes the output folder; raises InputError where it holds predictions made in another way."""
-    path, settings = output / SETTINGS, json.loads(json.dumps(predictor.settings()))
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not overwrite:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            other = [key for key, value in settings.items() if before.get(key) != value]
-            if other:
-                advice = "choose another --output, or --overwrite"
-                raise InputError(
-                    f"{path}: the predictions there were made with other {', '.join(other)}; {advice}"
-                )
-        write_text(path, json.dumps(settings, indent=2) + "\n")
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{output}: not usable as output folder ({error})") from None
 
 
 def _digest(path: Path) -> str:
