@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mambamim_jax.checks import LineParser
+from mambamim_jax.checks import ConfigError, LineParser
 
 AXES = "hwd"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 1 where some cases failed; 2 with one line on what is wrong before any work."""
+    """0; 1 where some cases failed; 2 with one line on what is wrong before any work, or a full disk."""
     options = _parser().parse_args(argv)
 
     from mambamim_jax.evaluate.inputs import InputError
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             options.dtype,
         )
         failures = predict(options.model, options.input, options.output, how, options.overwrite)
-    except (InputError, ModelFileError) as error:
+    except (ConfigError, InputError, ModelFileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if failures:

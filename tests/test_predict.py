@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -163,7 +166,7 @@ def test_a_folder_is_predicted_resumed_and_guarded(main, capsys, model, scans, t
     out = tmp_path / "out"
     arguments = [f"--model={model}", f"--input={scans}", f"--output={out}"]
     assert main(arguments) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "predictions.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "a.nii.gz", "b.nii.gz", "predictions.json"]
     for name in ("a", "b"):
         image, labels = nibabel.load(scans / f"{name}_0000.nii.gz"), nibabel.load(out / f"{name}.nii.gz")
         for field in ("srow_x", "srow_y", "srow_z", "sform_code", "qform_code", "quatern_b", "quatern_c", "quatern_d",
@@ -201,6 +204,7 @@ def test_ensembles_average_probabilities(main, capsys, model, scans, tmp_path):
         soft[name] = nibabel.load(out / "a_probabilities.nii").get_fdata()
         labels = np.asarray(nibabel.load(out / "a.nii.gz").dataobj)
         assert sorted(p.name for p in out.iterdir()) == [
+            ".lock",
             "a.nii.gz",
             "a_probabilities.nii",
             "predictions.json",
@@ -288,4 +292,29 @@ def test_a_bad_file_does_not_stop_the_others(main, capsys, model, scans, tmp_pat
     printed = capsys.readouterr()
     assert "a_0000.nii.gz: the gzip stream ends early" in printed.out
     assert printed.err == "error: 1 cases could not be predicted\n"
-    assert sorted(p.name for p in out.iterdir()) == ["b.nii.gz", "predictions.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "b.nii.gz", "predictions.json"]
+
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_output_of_another_run_is_left_alone(main, capsys, model, scans, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-c", HOLDER, str(out / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"\n"
+        (out / ".lock").write_text(json.dumps({"host": socket.gethostname(), "pid": process.pid}))
+        arguments = [f"--model={model}", f"--input={scans}", f"--output={out}"]
+        refused(main, capsys, arguments, f"--output: {out} is in use by process {process.pid} on ")
+        process.stdin.close()
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    assert main(arguments) == 0
+    (tmp_path / "file").touch()
+    refused(main, capsys, [*arguments[:2], f"--output={tmp_path / 'file'}"], "--output: ")

@@ -24,6 +24,7 @@ from mambamim_jax.evaluate.painter import Painter, place
 from mambamim_jax.evaluate.sliding_window import SlidingWindow
 from mambamim_jax.model_files import WEIGHTS, LoadedModel, ModelFileError, load_model, network_of
 from mambamim_jax.train.progress import Terminal
+from mambamim_jax.train.workdir import claimed
 from mambamim_jax.types import Array, NumpyArray, Size3, Tree
 
 MARGIN = 8
@@ -127,24 +128,22 @@ def predict(
 
     Returns: one line for each case that could not be predicted.
 
-    Raises: ModelFileError, or InputError before any work, or where the output can't be written; cases that are done
-      stay.
+    Raises: ModelFileError, InputError or ConfigError before any work, where another run writes to the output for
+      instance; InputError where the disk is full, what is done stays.
     """
     terminal, folder = terminal or Terminal(), Path(output).expanduser()
     predictor = Predictor(paths, options)
     cases = find_cases(source, predictor.description["channel_names"])
     check_apart(cases, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        record = Output(folder, predictor.settings(), options.probabilities)
-        todo = record.begin(cases, overwrite)
-        if len(todo) < len(cases):
-            terminal.say(
-                f"{len(cases) - len(todo)} of {len(cases)} cases are in {folder} already and are kept"
-            )
-        return _predict_all(predictor, {case: cases[case] for case in todo}, record, terminal)
-    except OSError as error:
-        raise InputError(explain(error, folder)) from error
+    with claimed(folder, terminal.say, option="--output"):
+        try:
+            record = Output(folder, predictor.settings(), options.probabilities)
+            todo = {case: cases[case] for case in record.begin(cases, overwrite)}
+            if kept := len(cases) - len(todo):
+                terminal.say(f"{kept} of {len(cases)} cases are in {folder} already and are kept")
+            return _predict_all(predictor, todo, record, terminal)
+        except OSError as error:
+            raise InputError(explain(error, folder)) from error
 
 
 def _predict_all(

@@ -1,4 +1,4 @@
-"""The folder of a run, which one run at a time writes to."""
+"""The folder of a run, or of predictions, which one run at a time writes to."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ PATIENCE = 150.0
 
 
 @contextmanager
-def claimed(workdir: Path, say: Callable[[str], None], patience: float = PATIENCE) -> Iterator[None]:
-    """Meanwhile no other run writes to the workdir, which is made if need be.
+def claimed(
+    workdir: Path, say: Callable[[str], None], patience: float = PATIENCE, option: str = "--workdir"
+) -> Iterator[None]:
+    """Meanwhile no other run writes to the folder, which is made if need be; ``option`` is what named it.
 
     The lock ends with the process, however that ends. Of several processes the first one holds it.
 
     Raises: ConfigError if the folder can't be written, or another run has it.
     """
     file = first_alone(
-        "workdir", lambda: _claim(workdir, say, patience) if jax.process_index() == 0 else None
+        "workdir", lambda: _claim(workdir, say, patience, option) if jax.process_index() == 0 else None
     )
     try:
         yield
@@ -41,13 +43,13 @@ def claimed(workdir: Path, say: Callable[[str], None], patience: float = PATIENC
             file.close()
 
 
-def _claim(workdir: Path, say: Callable[[str], None], patience: float) -> IO[str]:
+def _claim(workdir: Path, say: Callable[[str], None], patience: float, option: str) -> IO[str]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK).open("a+")
     except OSError as error:
         found = f"{workdir} can't be written ({error.strerror})"
-        raise ConfigError("--workdir", found, "a folder you may write to") from error
+        raise ConfigError(option, found, "a folder you may write to") from error
     end = None
     while not _locked(file, say):
         holder = _holder(file)
@@ -59,7 +61,7 @@ def _claim(workdir: Path, say: Callable[[str], None], patience: float) -> IO[str
             file.close()
             found = f"{workdir} is in use by {_name(holder)}"
             advice = "end that run first, or name another folder"
-            raise ConfigError("--workdir", found, "a folder with one run at a time", advice)
+            raise ConfigError(option, found, "a folder with one run at a time", advice)
         time.sleep(min(1.0, max(end - time.monotonic(), 0.0)))
     file.truncate(0)
     file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))

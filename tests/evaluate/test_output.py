@@ -109,6 +109,7 @@ def test_what_a_killed_run_left_unfinished_is_not_a_third_ones_to_replace(tmp_pa
     third = {**OTHER, "overlap": 0.25}
     assert run(tmp_path, third, "a", overwrite=True) == ["a"]
     assert said(tmp_path) == {"a": "other", "b": None}
+    assert "unfinished" not in json.loads((tmp_path / RECORD).read_text())
     with pytest.raises(InputError, match=r"1 of the cases there were made in another way \(b\)"):
         run(tmp_path, third, "ab")
 
