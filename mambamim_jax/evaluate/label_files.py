@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,11 @@ from isal import igzip  # type: ignore[attr-defined]
 from mambamim_jax.data import nifti
 from mambamim_jax.evaluate.painter import SCALE
 from mambamim_jax.types import NumpyArray
+
+LACKING = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+"""What a file system answers that cannot reserve space."""
+PIECE = 2**22
+"""Bytes written at once."""
 
 
 def write_labels(labels: NumpyArray, like: Path, target: Path) -> None:
@@ -36,14 +42,34 @@ def _zipped(raw: Any) -> Any:
 
 @contextlib.contextmanager
 def probability_file(like: Path, target: Path, classes: int) -> Iterator[NumpyArray]:
-    """An array (classes, k, j, i) on disk to fill with probabilities times ``SCALE``; a ``.nii`` when done."""
+    """An array (classes, k, j, i) on disk to fill with probabilities times ``SCALE``; a ``.nii`` when done.
+
+    Raises: OSError where there is no room for all of it, before the array is handed out.
+    """
     i, j, k = (int(n) for n in nifti.read_header(like)["dim"][1:4])
     header = _header(like, (i, j, k, classes), np.dtype("<u2"), slope=1 / SCALE)
     with aside(target) as partial:
-        partial.write_bytes(header)
+        with partial.open("wb") as file:
+            file.write(header)
+            file.flush()
+            _reserve(file, len(header), 2 * classes * k * j * i)
         array = np.memmap(partial, "<u2", "r+", offset=len(header), shape=(classes, k, j, i))
         yield array
         array.flush()
+
+
+def _reserve(file: Any, start: int, count: int) -> None:
+    """Makes room for ``count`` zeros from ``start``, the file's end: a full disk ends a process that writes to a map.
+
+    Raises: OSError where there is not so much.
+    """
+    try:
+        os.posix_fallocate(file.fileno(), start, count)
+    except (AttributeError, OSError) as error:  # macOS and some file systems lack it
+        if isinstance(error, OSError) and error.errno not in LACKING:
+            raise
+        for begin in range(0, count, PIECE):
+            file.write(bytes(min(PIECE, count - begin)))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -160,11 +160,19 @@ def _predict_all(
             try:
                 predict_case(predictor, files, output.labels_of(case), note)
                 output.finish(case)
-            except (VolumeError, InputError) as error:
-                failures.append(str(error))
-                terminal.say(f"error: {error}")
+            except (VolumeError, InputError, MemoryError) as error:
+                failures.append(_line(error, files[0], predictor.description["spacing"]))
+                terminal.say(f"error: {failures[-1]}")
             count(number + 1, len(cases), case)
     return failures
+
+
+def _line(error: Exception, path: Path, spacing: Sequence[float]) -> str:
+    if not isinstance(error, MemoryError):
+        return str(error)
+    sides = " × ".join(f"{side:g}" for side in spacing)
+    advice = "crop the scan or use a machine with more"
+    return f"{path}: out of memory with the scan at the model's {sides} mm; {advice}"
 
 
 def predict_case(

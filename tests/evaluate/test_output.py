@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mambamim_jax.evaluate import predict as prediction
 from mambamim_jax.evaluate.inputs import InputError
 from mambamim_jax.evaluate.label_files import partial_of, write_text
 from mambamim_jax.evaluate.output import RECORD, Output, check_apart
+from mambamim_jax.evaluate.predict import Options
+from mambamim_jax.model_files import WEIGHTS
+from tests.test_predict import scan, threshold_model
 
 ONE, OTHER = {"models": ["one"], "overlap": 0.5}, {"models": ["other"], "overlap": 0.5}
 
@@ -188,3 +195,52 @@ def test_other_folders_are_apart(tmp_path):
     (tmp_path / "out").mkdir()
     for folder in (tmp_path / "out", tmp_path / "none", scan.parent / "predicted"):
         check_apart({"a": [scan]}, folder)
+
+
+@pytest.fixture
+def scans(tmp_path, monkeypatch):
+    """A folder of three scans, and one of a model that knows HU alone."""
+    for case in "abc":
+        scan(tmp_path / "scans" / f"{case}.nii.gz", np.diag([5.0, 5, 6]), (24, 20, 22))
+    model = dataclasses.replace(threshold_model(), path=tmp_path / "model")
+    model.path.mkdir()
+    (model.path / WEIGHTS).touch()
+    monkeypatch.setattr(prediction, "load_model", lambda path, dtype=None: model)
+    return tmp_path / "scans"
+
+
+def failing_at(number, call, error):
+    """The function, but its call of this number, from 1, raises."""
+    calls = []
+
+    def called(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise error
+        return call(*arguments, **options)
+
+    return called
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_full_disk_is_one_line_and_what_is_done_stays(scans, tmp_path, monkeypatch, soft):
+    out, options = tmp_path / "out", Options(probabilities=soft)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        place, name = (os, "posix_fallocate") if soft else (prediction, "write_labels")
+        patch.setattr(place, name, failing_at(2, getattr(place, name), full))
+        with pytest.raises(InputError, match=f"^{out}: disk full; nothing half-written is left") as refused:
+            prediction.predict(["model"], scans, out, options)
+    assert "\n" not in str(refused.value)
+    assert sorted(path.name[0] for path in out.iterdir()) == [".", "a", *"a" * soft, "p"]
+    assert prediction.predict(["model"], scans, out, options) == []
+    assert len([*out.glob("*.nii*")]) == 3 * (1 + soft)
+
+
+def test_a_scan_too_large_for_the_memory_does_not_stop_the_others(scans, tmp_path, monkeypatch):
+    read = failing_at(2, prediction.read_scan, MemoryError("Unable to allocate 150. GiB"))
+    monkeypatch.setattr(prediction, "read_scan", read)
+    failures = prediction.predict(["model"], scans, tmp_path / "out", Options())
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.gz"))] == ["a.nii.gz", "c.nii.gz"]
+    assert len(failures) == 1
+    assert failures[0].startswith(f"{scans / 'b.nii.gz'}: out of memory")
