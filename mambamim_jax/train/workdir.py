@@ -48,8 +48,7 @@ def _claim(workdir: Path, say: Callable[[str], None], patience: float, option: s
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK).open("a+")
     except OSError as error:
-        found = f"{workdir} can't be written ({error.strerror})"
-        raise ConfigError(option, found, "a folder you may write to") from error
+        raise _unwritable(option, workdir, error) from error
     end = None
     while not _locked(file, say):
         holder = _holder(file)
@@ -63,10 +62,18 @@ def _claim(workdir: Path, say: Callable[[str], None], patience: float, option: s
             advice = "end that run first, or name another folder"
             raise ConfigError(option, found, "a folder with one run at a time", advice)
         time.sleep(min(1.0, max(end - time.monotonic(), 0.0)))
-    file.truncate(0)
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-    file.flush()
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+    except OSError as error:
+        file.close()
+        raise _unwritable(option, workdir, error) from error
     return file
+
+
+def _unwritable(option: str, folder: Path, error: OSError) -> ConfigError:
+    found = f"{folder} can't be written ({error.strerror})"
+    return ConfigError(option, found, "a folder you may write to, with room on its disk")
 
 
 def _locked(file: IO[str], say: Callable[[str], None]) -> bool:

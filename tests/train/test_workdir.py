@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -95,6 +96,18 @@ def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path, place):
     ) as refused:
         _claim(tmp_path / place, print)
     assert "\n" not in str(refused.value)
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """What may not grow at all is like it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"^--output: .* can't be written \(File too large\)"):
+            _claim(tmp_path / "run", print, option="--output")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    _claim(tmp_path / "run", print)
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
