@@ -53,7 +53,7 @@ def _parser() -> LineParser:
     parser.add_argument("--model", action="append", required=True, metavar="FOLDER")
     parser.add_argument("--input", required=True, metavar="FILE|FOLDER")
     parser.add_argument("--output", required=True, metavar="FOLDER")
-    parser.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows, in [0, 1)")
+    parser.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows, 0 to 0.9")
     parser.add_argument(
         "--flips", type=_axes, default="", help="axes to flip and average over: any of h (left-right), w, d"
     )

@@ -7,6 +7,9 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+MOST_OVERLAP = 0.9
+"""Share of a window that the next one may cover again: each voxel is then computed a thousand times."""
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used. ``exit_code`` is what the launch scripts end with."""

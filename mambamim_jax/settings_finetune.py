@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from mambamim_jax.checks import one_of, require
+from mambamim_jax.checks import MOST_OVERLAP, one_of, require
 from mambamim_jax.data.augment import Augmentation
 from mambamim_jax.settings import OptimConfig, RunConfig, VolumeConfig, check_flip, check_space
 from mambamim_jax.settings_model import EncoderConfig
@@ -126,7 +126,8 @@ class ValidationConfig:
     def check(self, key: str) -> None:
         for name in ("every", "cases"):
             require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "0 or more")
-        require(0 <= self.overlap < 1, f"{key}.overlap", self.overlap, "a share in [0, 1)")
+        expected = f"a share of the window from 0 to {MOST_OVERLAP}"
+        require(0 <= self.overlap <= MOST_OVERLAP, f"{key}.overlap", self.overlap, expected)
         require(self.batch > 0, f"{key}.batch", self.batch, "at least 1")
 
 

@@ -71,7 +71,14 @@ def test_the_default_is_the_recipe(tmp_path):
         ("--config.data.splits=nowhere.json", "splits: found 'nowhere.json'; expected an existing file"),
         ("--config.augment.blur=2", r"blur: found 2.0; expected a probability"),
         ("--config.augment.zoom_range=(1.2,0.8)", "zoom_range: found .* low first"),
-        ("--config.validation.overlap=1", "overlap: found 1.0; expected a share"),
+        (
+            "--config.validation.overlap=-1",
+            "overlap: found -1.0; expected a share of the window from 0 to 0.9",
+        ),
+        (
+            "--config.validation.overlap=0.9999",
+            "overlap: found 0.9999; expected a share of the window from 0",
+        ),
         ("--config.init=nowhere.pth", "init: found 'nowhere.pth'; expected an existing file or folder"),
         ("--config.optim.accumulate=3", "accumulate: found 3; expected a divisor of the batch"),
         ("--config.layer_decay=0", "layer_decay: found 0.0"),

@@ -264,7 +264,7 @@ def test_wrong_arguments_are_refused_before_any_work(main, capsys, model, scans,
     scanned = (scans / "a_0000.nii.gz").read_bytes()
     refused(main, capsys, [*fine[:2], f"--output={scans}", "--overwrite"], f"the scans lie in {scans}")
     assert (scans / "a_0000.nii.gz").read_bytes() == scanned
-    refused(main, capsys, [*fine, "--overlap=1"], "expected a share in [0, 1)")
+    refused(main, capsys, [*fine, "--overlap=0.9999"], "expected a share from 0 to 0.9")
     refused(main, capsys, [*fine, "--window=20,16,16"], "expected sides divisible by 16")
     encoder = describe(task="encoder")
     save_model(tmp_path / "encoder", encoder, random_params(encoder))

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mambamim_jax.checks import MOST_OVERLAP
 from mambamim_jax.types import Array, NumpyArray, Size3, Tree
 
 Network: TypeAlias = Callable[[Tree, Array], Array]
@@ -37,7 +38,7 @@ class SlidingWindow:
     Args:
       network: pure; what it returns is averaged as it is, so give probabilities where those are to be averaged.
       window: voxels (h, w, d).
-      overlap: share in [0, 1) of a window that the next one covers again.
+      overlap: share of a window that the next one covers again, from 0 to ``MOST_OVERLAP``.
       batch: windows computed together; the last batch of a volume is filled up.
       flips: axes (0, 1, 2) to flip, in all combinations; outputs are flipped back and averaged.
 
@@ -53,8 +54,8 @@ class SlidingWindow:
         batch: int = 1,
         flips: Sequence[int] = (),
     ):
-        if not 0 <= overlap < 1:
-            raise ValueError(f"overlap: found {overlap}, expected a share in [0, 1)")
+        if not 0 <= overlap <= MOST_OVERLAP:
+            raise ValueError(f"overlap: found {overlap}, expected a share from 0 to {MOST_OVERLAP}")
         if len(window) != 3 or min(window) < 1 or batch < 1 or not {*flips} <= {0, 1, 2}:
             raise ValueError(
                 f"window {window}, batch {batch}, flips {flips}: expected sizes above 0, axes 0 to 2"
