@@ -64,10 +64,10 @@ class Output:
             names = ", ".join(blocked[:3]) + (" …" if len(blocked) > 3 else "")
             found = f"{len(blocked)} of the cases there were made in another way ({names})"
             raise InputError(f"{self.folder / RECORD}: {found}; {ADVICE}")
-        self._write()
         for case in cases:
             for target in (self.labels_of(case), self.probabilities_of(case)):
                 partial_of(target).unlink(missing_ok=True)
+        self._write()
         return [case for case in cases if overwrite or case in self.unfinished or not self._is_complete(case)]
 
     def finish(self, case: str) -> None:
