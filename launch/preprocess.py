@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     try:
         config, folder = parse_command_line([_renamed(a) for a in arguments], PreprocessConfig, __doc__ or "")
         sources = [source.strip() for source in config.source.split(",") if source.strip()]
-        cases = [case for source in sources for case in datasets.discover(source, config.format)]
+        cases = datasets.discover_all(sources, config.format)
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         with Progress(*columns) as bar:
             task = bar.add_task("", total=len(cases))

@@ -169,14 +169,14 @@ def _stores(options: argparse.Namespace, folder: Path) -> tuple[dict[str, str], 
     from mambamim_jax.data.phantom import write_phantoms
 
     sources = options.source or str(write_phantoms(folder / "phantoms", count=12))
-    cases = [case for source in sources.split(",") for case in datasets.discover(source)]
+    cases = datasets.discover_all(sources.split(","))
     if options.volumes:
         cases = [cases[n * len(cases) // options.volumes] for n in range(options.volumes)]
     stores, sizes = {}, []
     for encoding in arrays.ENCODINGS:
         try:
             arrays.require(encoding)
-        except ValueError as error:
+        except store.StoreError as error:
             print(error, file=sys.stderr)
             continue
         start = time.perf_counter()

@@ -33,10 +33,10 @@ def require(encoding: str) -> None:
     """Check that an encoding exists and its library is installed.
 
     Raises:
-        ValueError: one line that says what to do.
+        StoreError: one line that says what to do.
     """
     if encoding not in ENCODINGS:
-        raise ValueError(f"encoding {encoding!r}, expected one of {', '.join(ENCODINGS)}")
+        raise StoreError(f"encoding {encoding!r}, expected one of {', '.join(ENCODINGS)}")
     if encoding == "blosc2":
         _blosc2()
 
@@ -154,5 +154,5 @@ def _blosc2() -> Any:
         import blosc2
     except ImportError:
         python = Path(sys.executable).name
-        raise ValueError(f"encoding 'blosc2' needs its library: {python} -m pip install blosc2") from None
+        raise StoreError(f"encoding 'blosc2' needs its library: {python} -m pip install blosc2") from None
     return blosc2

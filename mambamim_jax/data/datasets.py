@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """One scan: its channels' files (one, for CT), its label map if any, and the source it was found in."""
+    """One scan: its channels' files (one, for CT), its label map if any, and the source it was found in.
+
+    The id can be printed whatever the file's name: a byte of it that is not UTF-8 is written ``\\xff``.
+    """
 
     id: str
     images: tuple[Path, ...]
@@ -35,7 +39,7 @@ def discover(source: str | Path, format: str = "auto") -> list[Case]:
 
     Args:
         source: an nnU-Net raw folder (``dataset.json``, ``imagesTr``), a Decathlon ``.json`` (or the folder
-            of one), or a folder searched for ``.nii``/``.nii.gz`` at any depth.
+            of one), or a folder searched for ``.nii``/``.nii.gz`` at any depth, links to folders followed.
         format: one of ``FORMATS``; ``auto`` looks at what is there.
 
     Raises:
@@ -50,12 +54,31 @@ def discover(source: str | Path, format: str = "auto") -> list[Case]:
     cases = {"nnunet": _nnunet, "decathlon": _decathlon, "folder": _folder}[kind](source)
     if not cases:
         raise DatasetError(f"{source}: no .nii or .nii.gz images found ({kind} layout)")
-    twice = [name for name, count in Counter(case.id for case in cases).items() if count > 1]
-    if twice:
-        raise DatasetError(
-            f"{source}: case {twice[0]!r} appears {len(twice) + 1} times or more; ids must be unique"
-        )
+    cases = [replace(case, id=os.fsencode(case.id).decode("utf-8", "backslashreplace")) for case in cases]
+    name, count = Counter(case.id for case in cases).most_common(1)[0]
+    if count > 1:
+        raise DatasetError(f"{source}: case {name!r} appears {count} times; ids must be unique")
     return sorted(cases, key=lambda case: case.id)
+
+
+def discover_all(sources: Sequence[str | Path], format: str = "auto") -> list[Case]:
+    """The cases of several sources, one source after the other.
+
+    Raises:
+        DatasetError: as ``discover``, and where an image is in two of them.
+    """
+    cases: list[Case] = []
+    holder: dict[str, int] = {}
+    for n, source in enumerate(sources):
+        found = discover(source, format)
+        for image in (image for case in found for image in case.images):
+            other = holder.setdefault(os.path.realpath(image), n)
+            if other != n:
+                raise DatasetError(
+                    f"{image}: in two sources, {sources[other]} and {source}; name each data set once"
+                )
+        cases += found
+    return cases
 
 
 def _recognise(source: Path) -> str:
@@ -118,6 +141,11 @@ def _nnunet(source: Path) -> list[Case]:
         found = re.fullmatch(r"(.+)_(\d{4})" + re.escape(ending), path.name)
         if found and not path.name.startswith("."):
             channels.setdefault(found[1], []).append(path)
+    if not channels:
+        raise DatasetError(
+            f"{folder}: no images named CASE_0000{ending}; file_ending in {source / 'dataset.json'} "
+            f"{'is' if 'file_ending' in description else 'left out means'} {ending!r}"
+        )
     cases = []
     for name, images in channels.items():
         label = source / "labelsTr" / f"{name}{ending}"
@@ -159,21 +187,19 @@ def _folder(source: Path) -> list[Case]:
     """
     if source.is_file():
         raise DatasetError(f"{source}: is a file, expected a folder of .nii or .nii.gz")
-    files = {
-        path.relative_to(source)
-        for ending in ENDINGS
-        for path in source.rglob(f"*{ending}")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts)
-    }
     stems: dict[str, Path] = {}
-    for path in sorted(files):
+    for path in sorted(path.relative_to(source) for path in _below(source)):
         stem = path.with_name(_stem(path.name)).as_posix()
         if stem in stems:
             raise DatasetError(f"{source}: both {stems[stem]} and {path}; keep one of them")
         if "segmentations" not in path.parts[:-1]:
             stems[stem] = path
     labels = {stem + mark: stem for stem in stems for mark in LABEL_MARKS if stem + mark in stems}
-    label_of = {stem: stems[marked] for marked, stem in labels.items()}
+    label_of: dict[str, Path] = {}
+    for marked, stem in labels.items():
+        if label_of.setdefault(stem, stems[marked]) != stems[marked]:
+            both = f"both {label_of[stem]} and {stems[marked]} are labels of {stems[stem]}"
+            raise DatasetError(f"{source}: {both}; keep one of them")
     return [
         Case(
             stem.replace("/", "_"),
@@ -184,3 +210,24 @@ def _folder(source: Path) -> list[Case]:
         for stem, path in stems.items()
         if stem not in labels
     ]
+
+
+def _below(source: Path) -> Iterator[Path]:
+    """NIfTI files at any depth, but for hidden ones. A folder is entered once, by a link only if not otherwise."""
+    folders, links, entered = [source], list[Path](), set[str]()
+    while folders or links:
+        folder = (folders or links).pop()
+        real = os.path.realpath(folder)
+        if real in entered:
+            continue
+        entered.add(real)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise DatasetError(f"{folder}: can't be read ({error.strerror})") from None
+        for entry in (entry for entry in entries if not entry.name.startswith(".")):
+            path = folder / entry.name
+            if path.is_dir() if entry.is_symlink() else entry.is_dir():
+                (links if entry.is_symlink() else folders).append(path)
+            elif entry.name.endswith(ENDINGS) and path.is_file():
+                yield path

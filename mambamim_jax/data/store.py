@@ -27,7 +27,7 @@ import numpy as np
 from mambamim_jax.data import arrays, builder, crop, volume
 from mambamim_jax.data.arrays import StoreError
 from mambamim_jax.data.builder import Progress, Record
-from mambamim_jax.data.datasets import Case, discover
+from mambamim_jax.data.datasets import Case, discover_all
 from mambamim_jax.data.preprocess import dump_json, write_atomic
 from mambamim_jax.types import NumpyArray, Size3, Spacing
 
@@ -185,10 +185,7 @@ def prepare(
         StoreError: the store was made with other settings, or can't be written.
     """
     folder = Path(folder)
-    try:
-        arrays.require(encoding)
-    except ValueError as error:
-        raise StoreError(str(error)) from None
+    arrays.require(encoding)
     spec: dict[str, Any] = {
         "version": VERSION,
         "encoding": encoding,
@@ -216,7 +213,7 @@ def open_store(folder: str | Path) -> Store:
     """Open all usable volumes of a finished store.
 
     Raises:
-        StoreError: no store there, or of another version, or not all of it.
+        StoreError: no store there, or of another version, or not all of it, or what reads it is not installed.
     """
     folder = Path(folder)
     try:
@@ -230,6 +227,10 @@ def open_store(folder: str | Path) -> Store:
             f"{folder}: store version {manifest.get('version')}, this code reads {VERSION}; preprocess again"
         )
     store = Store(folder, manifest["spec"], manifest["volumes"], manifest["cases"])
+    try:
+        arrays.require(store.spec["encoding"])
+    except StoreError as error:
+        raise StoreError(f"{folder}: {error}") from None
     with ThreadPoolExecutor(builder.THREADS) as pool:
         looks = pool.map(lambda entry: builder.damage(folder, entry.folder, entry.has_label), store.entries)
         damaged = [found for found in looks if found]
@@ -264,7 +265,7 @@ def open_or_prepare(
             advice = "set --config.data.spacing to the store's, or preprocess into another"
             raise StoreError(f"{sources[0]}: {found}; {advice}")
         return store
-    return prepare([case for one in sources for case in discover(one, format)], folder, **options)
+    return prepare(discover_all(sources, format), folder, **options)
 
 
 def _entry(line: dict[str, Any]) -> Entry:

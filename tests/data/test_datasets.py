@@ -1,6 +1,7 @@
 """Every layout is found, and what is no data set is one clear line."""
 
 import json
+import os
 
 import pytest
 
@@ -42,6 +43,10 @@ def test_nnunet(tmp_path):
     assert b.label is None
     (tmp_path / "dataset.json").write_text(json.dumps({"file_ending": ".png"}))
     assert "file_ending '.png'" in refused(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps({"file_ending": ".nii"}))
+    said = refused(tmp_path)
+    assert "no images named CASE_0000.nii; file_ending in" in said
+    assert "dataset.json is '.nii'" in said
 
 
 def test_decathlon(tmp_path):
@@ -69,11 +74,45 @@ def test_folder(tmp_path):
     cases = datasets.discover(tmp_path)
     assert [case.id for case in cases] == ["a", "deep_er_b", "s1_ct"]
     assert cases[0].label == tmp_path / "a_label.nii.gz"
+    touch(tmp_path / "a_seg.nii.gz")
+    assert "both a_label.nii.gz and a_seg.nii.gz are labels of a.nii.gz; keep one" in refused(tmp_path)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    touch(tmp_path / "scans/x/a.nii.gz", tmp_path / "set/own/b.nii.gz")
+    for name, target in (("linked", "scans"), ("set/linked", "scans"), ("set/again", "set/own")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    (tmp_path / "scans/x/back").symlink_to(tmp_path / "set")
+    cases = datasets.discover(tmp_path / "set")
+    assert [case.id for case in cases] == ["linked_x_a", "own_b"]
+    assert cases[0].images == (tmp_path / "set/linked/x/a.nii.gz",)
+    assert [case.id for case in datasets.discover(tmp_path / "linked")] == ["x_a", "x_back_own_b"]
+
+
+def test_a_file_name_may_be_any_bytes(tmp_path):
+    touch(tmp_path / os.fsdecode(b"a\xff.nii.gz"), tmp_path / "\u00e9.nii.gz")
+    odd, plain = datasets.discover(tmp_path)
+    assert (odd.id, plain.id) == ("a\\xff", "\u00e9")
+    assert odd.images[0].is_file()
+
+
+def test_several_sources_hold_each_image_once(tmp_path):
+    touch(tmp_path / "a/x.nii", tmp_path / "a/deep/y.nii", tmp_path / "b/z.nii")
+    (tmp_path / "c").symlink_to(tmp_path / "a")
+    found = datasets.discover_all([tmp_path / "b", tmp_path / "a"])
+    assert [case.id for case in found] == ["z", "deep_y", "x"]
+    for other in ("a", "a/deep", "c"):
+        with pytest.raises(
+            datasets.DatasetError, match=r"y\.nii: in two sources, .*; name each data set once"
+        ):
+            datasets.discover_all([tmp_path / "a", tmp_path / "b", tmp_path / other])
 
 
 def test_what_is_no_data_set(tmp_path):
     assert "no such file or folder" in refused(tmp_path / "nothing")
     assert "no .nii or .nii.gz" in refused(tmp_path)
+    touch(tmp_path / "twice/a/b.nii", tmp_path / "twice/a_b.nii")
+    assert "case 'a_b' appears 2 times" in refused(tmp_path / "twice")
     assert "format 'zip'" in refused(tmp_path, format="zip")
     touch(tmp_path / "one.nii", tmp_path / "one.nii.gz")
     assert "keep one of them" in refused(tmp_path)

@@ -78,6 +78,18 @@ def test_a_whole_array_is_not_damaged(tmp_path):
             assert arrays.damage(str(stem)) is None
 
 
+def test_a_compact_store_without_its_library_is_refused_when_opened(tmp_path, monkeypatch):
+    cases = datasets.discover(ct_files.dataset(tmp_path / "source", 1))
+    store.prepare(cases, tmp_path / "store", encoding="blosc2", workers=0)
+    monkeypatch.setitem(sys.modules, "blosc2", None)
+    with pytest.raises(
+        store.StoreError, match=r"store: encoding 'blosc2' needs its library: .* pip install blosc2"
+    ):
+        store.open_store(tmp_path / "store")
+    with pytest.raises(store.StoreError, match="needs its library"):
+        store.prepare(cases, tmp_path / "other", encoding="blosc2", workers=0)
+
+
 def test_pretraining_from_a_damaged_store_ends_with_2_before_any_work(tmp_path):
     write_phantoms(tmp_path / "ct", count=2)
     store.prepare(datasets.discover(tmp_path / "ct"), tmp_path / "store", spacing=(4.0, 4.0, 4.0), workers=0)
