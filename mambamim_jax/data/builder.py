@@ -30,14 +30,9 @@ EARLIER = {"intensity": "hu", "labels": "nearest"}
 
 
 def check_spec(folder: Path, spec: dict[str, Any]) -> None:
-    """Write ``store.json`` into a new store; refuse a folder that is something else or was made otherwise."""
+    """Write ``store.json`` into a new store; refuse one that was made otherwise."""
     path = folder / "store.json"
     if not path.exists():
-        others = [child.name for child in folder.iterdir() if not child.name.startswith(".")]
-        if others:
-            raise StoreError(
-                f"{folder}: not a store, and not empty (has {others[0]}); name an empty or new folder"
-            )
         write_atomic(path, dump_json(spec))
     try:
         found = json.loads(path.read_bytes())
@@ -57,7 +52,8 @@ def check_spec(folder: Path, spec: dict[str, Any]) -> None:
 def _record_path(case: Case) -> str:
     images, label = _sources(case)
     paths = [*images, *([label] if label else [])]
-    return f"cases/{hashlib.sha256(chr(0).join([case.id, *paths]).encode()).hexdigest()[:24]}.json"
+    named = chr(0).join([case.id, *paths]).encode(errors="surrogateescape")
+    return f"cases/{hashlib.sha256(named).hexdigest()[:24]}.json"
 
 
 def bring_up_to_date(
@@ -142,11 +138,11 @@ def assemble(folder: Path, records: Sequence[Record]) -> tuple[list[Record], lis
             meta = json.loads((folder / "volumes" / record["volume"] / "meta.json").read_bytes())
             kept = ("shape", "source_shape", "source_spacing", "source_orientation", "tilted")
             line |= {key: meta[key] for key in kept}
-            twin = seen.setdefault(meta["voxels"], record["image"])
-            if twin != record["image"]:
+            if twin := seen.get(meta["voxels"]):
                 message = f"{record['image']}: same voxels as {twin} [duplicate]"
                 line |= {"status": "duplicate", "code": "duplicate", "message": message}
             else:
+                seen[meta["voxels"]] = record["image"]
                 volumes.append({**meta, **{key: record[key] for key in ("id", "source", "volume")}})
         report.append(line)
     return volumes, report
@@ -154,9 +150,9 @@ def assemble(folder: Path, records: Sequence[Record]) -> tuple[list[Record], lis
 
 def write_manifest(folder: Path, spec: dict[str, Any]) -> None:
     """Everything the store holds, of all sources, sorted by source and id."""
-    records = [record for path in (folder / "cases").glob("*.json") if (record := _load(path))]
+    records = [record for path in sorted((folder / "cases").glob("*.json")) if (record := _load(path))]
     records = [record for record in records if _whole(folder, record)]
-    records.sort(key=lambda record: (record["source"], record["id"], record["image"]))
+    records.sort(key=lambda r: (r["source"], r["id"], r["image"], not r["label"], r["label"] or ""))
     volumes, report = assemble(folder, records)
     encoded = dump_json({"version": spec["version"], "spec": spec, "volumes": volumes, "cases": report})
     path = folder / "manifest.json"
@@ -166,8 +162,17 @@ def write_manifest(folder: Path, spec: dict[str, Any]) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One writer at a time; others wait."""
+    """One writer at a time; others wait.
+
+    Raises: StoreError for a folder with something else in it, which stays as it is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    others = [child.name for child in folder.iterdir() if not child.name.startswith(".")]
+    # looked for last: another process that begins a store writes it before all else
+    if others and not (folder / "store.json").exists():
+        raise StoreError(
+            f"{folder}: not a store, and not empty (has {others[0]}); name an empty or new folder"
+        )
     try:
         file = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError:

@@ -264,8 +264,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def dump_json(content: Any) -> bytes:
-    """Sorted, so that equal content is equal bytes."""
-    return (json.dumps(content, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    """Sorted, so that equal content is equal bytes; a file name's bytes that are not UTF-8 as JSON's own escapes."""
+    return (json.dumps(content, sort_keys=True, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _plain(name: str) -> str:
