@@ -6,18 +6,16 @@ checksum, byte count, geometry, scaling, voxel type, finiteness and the range of
 
 from __future__ import annotations
 
-import gzip
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import nibabel
 import numpy as np
-from isal import igzip, isal_zlib  # type: ignore[attr-defined]
+from isal import igzip  # type: ignore[attr-defined]
 from nibabel.spatialimages import HeaderDataError
 
+from mambamim_jax.data.gzipped import MAGIC, ZLIB_ERROR, readable
 from mambamim_jax.data.volume import Volume, VolumeError
 from mambamim_jax.types import NumpyArray
 
@@ -29,7 +27,6 @@ HU_CEILING = 32767.0
 HU_AIR = -200.0
 """A CT of any body part has some voxel below this (air, or fat's lower tail): what has none is not in HU."""
 _UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
-_ZLIB_ERROR: type[Exception] = isal_zlib.error  # type: ignore[assignment]
 _GZIP_MAX_RATIO = 1100  # deflate can't expand more than 1032-fold
 
 
@@ -61,9 +58,9 @@ def read(
             content = path.read_bytes()
         except OSError as error:
             raise VolumeError("missing", path, f"can't be opened: {error.strerror or error}") from None
-    zipped = content[:2] == b"\x1f\x8b"
+    zipped = content[:2] == MAGIC
     stream: BinaryIO = igzip.GzipFile(fileobj=io.BytesIO(content)) if zipped else io.BytesIO(content)  # type: ignore
-    with _readable(path):
+    with readable(path, content):
         header = _header(stream, path)
         affine = _geometry(header, path)
         slope, intercept = _scaling(header, path)
@@ -90,27 +87,12 @@ def read_grid(path: str | Path) -> Volume:
         file = path.open("rb")
     except OSError as error:
         raise VolumeError("missing", path, f"can't be opened: {error.strerror or error}") from None
-    with file, _readable(path):
-        zipped = file.read(2) == b"\x1f\x8b"
+    with file, readable(path):
+        zipped = file.read(2) == MAGIC
         file.seek(0)
         header = _header(igzip.GzipFile(fileobj=file) if zipped else file, path)  # type: ignore
         shape = [int(n) for n in header["dim"][1:4]]
         return Volume(np.broadcast_to(np.int8(0), shape), _geometry(header, path))
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns what a damaged stream raises into its reason."""
-    try:
-        yield
-    except EOFError:
-        text = "the gzip stream ends early; copy or download it again"
-        raise VolumeError("truncated", path, text) from None
-    except gzip.BadGzipFile as error:
-        code = "bad_crc" if "CRC" in str(error) or "length" in str(error) else "bad_gzip"
-        raise VolumeError(code, path, f"corrupt gzip: {error}; copy or download it again") from None
-    except (_ZLIB_ERROR, OSError) as error:
-        raise VolumeError("bad_gzip", path, f"corrupt gzip: {error}; copy or download it again") from None
 
 
 def read_header(path: str | Path) -> Any:
@@ -121,10 +103,10 @@ def read_header(path: str | Path) -> Any:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"
+            zipped = file.read(2) == MAGIC
             file.seek(0)
             return _header(igzip.GzipFile(fileobj=file) if zipped else file, path)  # type: ignore[arg-type]
-    except (OSError, EOFError, _ZLIB_ERROR) as error:
+    except (OSError, EOFError, ZLIB_ERROR) as error:
         raise VolumeError("missing", path, f"can't be opened: {error}") from None
 
 

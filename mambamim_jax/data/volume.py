@@ -29,7 +29,7 @@ REASONS = {
     "bad_gzip": "the gzip stream is corrupt",
     "bad_crc": "the gzip checksum does not match",
     "short_data": "fewer voxels than the header promises",
-    "excess_data": "more bytes than the header promises",
+    "excess_data": "more bytes than the header promises, or than the gzip stream has",
     "rgb": "colour voxels",
     "complex": "complex voxels",
     "dtype": "a voxel type that is not a number CT can be stored in",

@@ -139,6 +139,17 @@ def test_refuses_broken_files(tmp_path):
     assert code(b"hello" * 200) == "not_nifti"
     assert code(good[: len(good) // 2]) == "truncated"
     assert code(good[:-4]) == "truncated"
+    two = gzip.compress(plain[:999]) + gzip.compress(plain[999:])
+    assert code(two[:-4]) == "truncated"
+    assert code(two + b"garbage!") == "excess_data"
+    for extra in (b"g", b"garbage!", b"garbage, and more of it"):
+        assert code(good + extra) == "excess_data"
+        with pytest.raises(
+            volume.VolumeError, match=f"stream is whole, but {len(extra)} bytes that are not gzip follow"
+        ):
+            nifti.read(tmp_path / "x.nii.gz")
+    (tmp_path / "x.nii.gz").write_bytes(good + bytes(600))  # padded with zeros, as a tape does
+    assert np.array_equal(nifti.read(tmp_path / "x.nii.gz").voxels, ct_files.body())
     assert code(good[:-8] + bytes([good[-8] ^ 1]) + good[-7:]) == "bad_crc"
     assert code(good[:-4] + b"\1\2\3\4") in ("bad_crc", "bad_gzip")
     broken = bytearray(good)
