@@ -166,5 +166,5 @@ def test_what_cannot_be_scored_is_one_line(main, data, capsys):
     (data / "run" / "a.nii.gz").write_bytes(b"no")
     refused(main, capsys, arguments(data, workers=2), "not_nifti")
     (data / "set" / "dataset.json").write_text('{"labels": []}')
-    refused(main, capsys, arguments(data), "no table of labels in it")
+    refused(main, capsys, arguments(data), "no table of labels that can be used")
     assert not (data / "out").exists()

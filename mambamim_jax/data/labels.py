@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,9 @@ def read_table(source: Path) -> LabelTable:
             f"{path}: expected labels and channel_names ({type(error).__name__} {error})"
         ) from None
     names, regions = _labels(labels, content.get("regions_class_order"), path)
-    ordered = sorted(channels.items(), key=lambda item: int(item[0])) if isinstance(channels, dict) else []
-    if not ordered:
+    if not isinstance(channels, dict) or not all(str(key).isdecimal() for key in channels):
         raise DatasetError(f"{path}: channel_names {channels!r}, expected such as {{'0': 'CT'}}")
+    ordered = sorted(channels.items(), key=lambda item: int(item[0]))
     return LabelTable(names, regions, tuple(str(name) for _, name in ordered))
 
 
@@ -77,11 +78,11 @@ def _labels(labels: Any, order: Any, path: Path) -> tuple[tuple[str, ...], tuple
         raise DatasetError(f"{path}: labels {labels!r}, {expected}")
     if "ignore" in labels:
         raise DatasetError(f"{path}: an 'ignore' label, which is not supported; leave such cases out")
-    if all(isinstance(name, str) for name in labels.values()):
-        labels = {name: value for value, name in labels.items()}
+    by_value = all(isinstance(name, str) for name in labels.values())
     try:
-        values = {name: _values(value) for name, value in labels.items()}
-    except (TypeError, ValueError):
+        pairs = [(name, value) if by_value else (value, name) for value, name in labels.items()]
+        values = {name: label_values(value) for name, value in pairs}
+    except ValueError:
         raise DatasetError(f"{path}: labels {labels}, {expected}") from None
     known = sorted({value for inside in values.values() for value in inside})
     if known != list(range(len(known))) or len(known) < 2:
@@ -91,15 +92,22 @@ def _labels(labels: Any, order: Any, path: Path) -> tuple[tuple[str, ...], tuple
     if all(len(inside) == 1 for inside in values.values()):
         return names, ()
     inside = {name: found for name, found in values.items() if found != (0,)}
-    if not isinstance(order, list) or len(order) != len(inside) or not set(order) <= set(known):
+    if not isinstance(order, list) or len(order) != len(inside) or not all(w in known for w in order):
         raise DatasetError(
             f"{path}: regions_class_order {order!r}, expected the value that each of {', '.join(inside)} writes"
         )
     return names, tuple(Region(name, found, int(w)) for (name, found), w in zip(inside.items(), order))
 
 
-def _values(value: Any) -> tuple[int, ...]:
-    return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
+def label_values(value: Any) -> tuple[int, ...]:
+    """The values that an entry of a label table stands for: one, or those of a list.
+
+    Raises: ValueError for what is no whole number, and for a list of none.
+    """
+    found = value if isinstance(value, list) else [value]
+    if not found or not all(str(v).isdecimal() for v in found):
+        raise ValueError(f"value {value!r}, expected a whole number or a list of them")
+    return tuple(int(v) for v in found)
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ def make_split(
         held_out: share of the cases, at least one, in a random split; seed: of its draw.
 
     Raises:
-        DatasetError: an unreadable file, no such fold, or a case that is not there or on both sides.
+        DatasetError: an unreadable file, no such fold, or a case that is not there, on both sides or there twice.
     """
     if file is None:
         order = np.random.default_rng((seed, len(ids))).permutation(len(ids))
@@ -143,6 +151,9 @@ def make_split(
             f"{file}: fold {fold} names {len(missing)} cases without an image and a label, first "
             f"{missing[0]!r}; add them or change the split"
         )
+    twice = [name for side in entry.values() for name, count in Counter(side).items() if count > 1]
+    if twice:
+        raise DatasetError(f"{file}: fold {fold} names case {twice[0]!r} twice on one side; keep one of them")
     both = sorted(set(entry["train"]) & set(entry["val"]))
     if both or not all(entry.values()):
         found = f"case {both[0]!r} in both train and val" if both else "an empty train or val"

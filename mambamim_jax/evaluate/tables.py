@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mambamim_jax.data.labels import label_values
 from mambamim_jax.evaluate.inputs import InputError
 
 
@@ -38,14 +39,16 @@ def read_table(path: Path) -> Table:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         labels = content["labels"]
-        classes = {str(name): _values(value) for name, value in _by_name(labels).items()}
-        regions = {r["name"]: _values(r["labels"]) for r in content.get("regions") or []}
+        classes = {str(name): label_values(value) for name, value in _by_name(labels).items()}
+        regions = {r["name"]: label_values(r["labels"]) for r in content.get("regions") or []}
+        if len(classes.get("ignore", (0,))) != 1:
+            raise ValueError(f"ignore {labels['ignore']!r}, expected one value")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         expected = 'expected "labels": {"background": 0, "liver": 1, …}'
         raise InputError(
-            f"{path}: no table of labels in it ({type(error).__name__} {error}); {expected}"
+            f"{path}: no table of labels that can be used ({type(error).__name__} {error}); {expected}"
         ) from None
     known = frozenset(value for values in classes.values() for value in values)
     ignored = classes.pop("ignore", (None,))[0]
@@ -74,7 +77,3 @@ def _by_name(labels: Mapping[str, Any]) -> dict[str, Any]:
     if all(str(key).isdigit() for key in labels):
         return {name: int(value) for value, name in labels.items()}
     return dict(labels)
-
-
-def _values(value: Any) -> tuple[int, ...]:
-    return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)

@@ -8,6 +8,7 @@ from mambamim_jax.data.datasets import DatasetError
 from mambamim_jax.data.labels import Region, make_split, read_table, take_share
 
 CT = {"channel_names": {"0": "CT"}}
+REGIONS = {"background": 0, "whole": [1, 2], "core": 2}
 MRI = {"channel_names": {"0": "T1", "1": "T2", "10": "FLAIR", "2": "T1c"}}
 
 
@@ -49,6 +50,14 @@ def test_regions(tmp_path):
         ({"labels": {"background": 0, "liver": None}, **CT}, "without a gap"),
         ({"labels": {"background": 0, "liver": 1, "ignore": 2}, **CT}, "an 'ignore' label"),
         ({"labels": {"background": 0, "liver": 1}, "channel_names": ["CT"]}, "channel_names"),
+        ({"labels": {"background": 0, "liver": 1}, "channel_names": {"CT": 0}}, r"channel_names {'CT': 0}"),
+        ({"labels": {"background": "0", "liver": "1"}, **CT}, "labels {'background': '0', 'liver': '1'}"),
+        ({"labels": {"background": 0, "a": 1, "b": []}, **CT}, r"'b': \[\]}, expected such as"),
+        ({"labels": {"background": 0, "a": 1.5}, **CT}, "'a': 1.5}, expected such as"),
+        (
+            {"labels": REGIONS, "regions_class_order": [[1], 2], **CT},
+            r"regions_class_order \[\[1\], 2\], expected",
+        ),
     ],
 )
 def test_tables_that_cannot_be(tmp_path, content, says):
@@ -78,12 +87,15 @@ def test_random_splits_are_seeded():
 
 def test_split_files(tmp_path):
     file = tmp_path / "splits_final.json"
-    file.write_text(json.dumps([{"train": IDS[2:], "val": IDS[:2]}, {"train": IDS[:2], "val": IDS[1:]}]))
+    folds = [{"train": IDS[2:], "val": IDS[:2]}, {"train": IDS[:2], "val": IDS[1:]}]
+    folds += [{"train": IDS[2:], "val": [*IDS[:2], "case_3", "case_3"]}]
+    file.write_text(json.dumps(folds))
     assert make_split(IDS, file).held_out == ("case_0", "case_1")
     for ids, fold, says in (
-        (IDS, 2, "no fold 2, it has 2"),
+        (IDS, 3, "no fold 3, it has 3"),
         (IDS[:-1], 0, "names 1 cases without an image and a label, first 'case_9'"),
         (IDS, 1, "case 'case_1' in both train and val"),
+        (IDS, 2, "fold 2 names case 'case_3' twice on one side"),
     ):
         with pytest.raises(DatasetError, match=says):
             make_split(ids, file, fold=fold)
