@@ -144,10 +144,40 @@ def refused(main, capsys, given: list[str], says: str) -> None:
     assert says in err
 
 
+def test_nothing_is_scored_where_the_result_could_not_be_used(main, data, capsys, monkeypatch):
+    from mambamim_jax.evaluate import report
+
+    monkeypatch.setattr(report, "score_all", None)
+    (data / "file").touch()
+    refused(
+        main, capsys, arguments(data, output=data / "file"), "file: is not a folder; name another --output"
+    )
+    refused(main, capsys, arguments(data, output=data / "file" / "out"), "file: is not a folder")
+    refused(main, capsys, arguments(data, images=data / "gone"), "gone: no such folder (--images)")
+    refused(main, capsys, arguments(data, images=data), "no scan of a or any other case (--images)")
+    refused(main, capsys, arguments(data, compare=data / "set"), "no .nii or .nii.gz label maps in it")
+    (data / "other" / "b.nii.gz").unlink()
+    refused(main, capsys, arguments(data, compare=data / "other"), "no prediction of case b (1 missing)")
+    for folder in ("run", "set/labelsTr"):
+        save(data / folder / "a.nii", boxes(4, 6))
+        refused(main, capsys, arguments(data), "a.nii.gz: a.nii is the same case; keep one of them")
+        (data / folder / "a.nii").unlink()
+    monkeypatch.setattr(report.os, "access", lambda path, mode: path != data)
+    refused(main, capsys, arguments(data), f"{data}: cannot be written; name another --output")
+    assert not (data / "out").exists()
+
+
 def test_what_cannot_be_scored_is_one_line(main, data, capsys):
     refused(main, capsys, arguments(data, labels=data / "gone"), "no such folder")
     refused(main, capsys, arguments(data, tolerance=0), "--tolerance: found 0.0")
     refused(main, capsys, arguments(data, labels_json=data / "gone.json"), "gone.json: cannot be read")
+    for labels, says in (
+        ('{"a": []}', "value [], expected a whole number"),
+        ('{"a": 1, "ignore": []}', "value [], expected a whole number"),
+        ('{"a": 1, "ignore": [2, 3]}', "ignore [2, 3], expected one value"),
+    ):
+        (data / "table.json").write_text(f'{{"labels": {labels}}}')
+        refused(main, capsys, arguments(data, labels_json=data / "table.json"), says)
     (data / "other" / "b.nii.gz").rename(data / "other" / "c.nii.gz")
     refused(main, capsys, arguments(data, compare=data / "other"), "no prediction of case b (1 missing)")
     save(data / "run" / "d.nii.gz", boxes(4, 6))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,10 @@ def evaluate(request: Request, terminal: Terminal | None = None) -> dict[str, An
     terminal = terminal or Terminal()
     if not 0 < request.tolerance < math.inf:
         raise InputError(f"--tolerance: found {request.tolerance}, expected a positive length in mm")
+    _check_output(request.output)
     pairs, left = find_pairs(request.predictions, request.labels)
+    other_pairs = _other_pairs(request, pairs) if request.compare else []
+    _check_images(request.images, pairs)
     table = _table(request, pairs)
     rows = _score(pairs, table, request, terminal, "Scoring")
     summary: dict[str, Any] = {
@@ -69,7 +73,7 @@ def evaluate(request: Request, terminal: Terminal | None = None) -> dict[str, An
     }
     others = None
     if request.compare:
-        others = _score(_other_pairs(request, pairs), table, request, terminal, "Scoring the other")
+        others = _score(other_pairs, table, request, terminal, "Scoring the other")
         summary["compared_with"] = str(request.compare)
         summary["other_scores"], summary["differences"] = summarise(others), compare(rows, others)
     try:
@@ -124,6 +128,24 @@ def _difference(found: Mapping[str, Any]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _check_output(folder: Path) -> None:
+    """Raises InputError for what no files can be written into; makes nothing."""
+    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+    if not there.is_dir():
+        raise InputError(f"{there}: is not a folder; name another --output, it is made if it is not there")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{there}: cannot be written; name another --output")
+
+
+def _check_images(folder: Path | None, pairs: Sequence[Pair]) -> None:
+    """Raises InputError where a folder of scans is asked for and has none of any case."""
+    expected = "expected scans in it, CASE_0000.nii.gz or CASE.nii.gz"
+    if folder and not folder.is_dir():
+        raise InputError(f"{folder}: no such folder (--images); {expected}")
+    if folder and not any(worst.find_image(pair, folder) for pair in pairs):
+        raise InputError(f"{folder}: no scan of {pairs[0].case} or any other case (--images); {expected}")
 
 
 def _table(request: Request, pairs: list[Pair]) -> Table:

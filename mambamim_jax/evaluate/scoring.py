@@ -33,7 +33,7 @@ class Pair:
 def find_pairs(predictions: Path, labels: Path) -> tuple[list[Pair], list[str]]:
     """Predictions and their labels by file name, and the labelled cases without a prediction.
 
-    Raises: InputError where a folder is not there or empty, or a prediction has no label.
+    Raises: InputError where a folder is not there or empty, holds two files of a case, or a prediction has no label.
     """
     predicted, labelled = label_maps(predictions), label_maps(labels)
     lost = sorted(predicted.keys() - labelled.keys())
@@ -46,11 +46,17 @@ def find_pairs(predictions: Path, labels: Path) -> tuple[list[Pair], list[str]]:
 
 
 def label_maps(folder: Path) -> dict[str, Path]:
-    """Case → file, of a folder of label maps; raises InputError if there are none."""
+    """Case → file, of a folder of label maps; raises InputError if there are none, or two of one case."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected one with label maps, CASE.nii.gz")
-    files = sorted(path for path in folder.iterdir() if path.name[0] != ".")
-    found = {name: path for path in files if (name := stem(path)) and not name.endswith("_probabilities")}
+    found: dict[str, Path] = {}
+    for path in sorted(path for path in folder.iterdir() if path.name[0] != "."):
+        name = stem(path)
+        if not name or name.endswith("_probabilities"):
+            continue
+        if twin := found.get(name):
+            raise InputError(f"{path}: {twin.name} is the same case; keep one of them")
+        found[name] = path
     if not found:
         raise InputError(f"{folder}: no .nii or .nii.gz label maps in it")
     return found
