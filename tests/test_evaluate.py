@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import nibabel
@@ -134,6 +135,13 @@ def test_without_a_table_every_value_is_a_class(main, data):
     (data / "set" / "dataset.json").unlink()
     assert main(arguments(data)) == 0
     assert {key[2] for key in scores(data / "out")} == {"label 1", "label 2"}
+
+
+def test_file_names_may_be_any_bytes(main, data):
+    for folder in ("run", "set/labelsTr"):
+        (data / folder / "a.nii.gz").rename(data / folder / os.fsdecode(b"a\xff.nii.gz"))
+    assert main(arguments(data)) == 0
+    assert {key[1] for key in scores(data / "out")} == {"a\\xff", "b"}
 
 
 def refused(main, capsys, given: list[str], says: str) -> None:

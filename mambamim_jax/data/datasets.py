@@ -25,7 +25,7 @@ class DatasetError(ValueError):
 class Case:
     """One scan: its channels' files (one, for CT), its label map if any, and the source it was found in.
 
-    The id can be printed whatever the file's name: a byte of it that is not UTF-8 is written ``\\xff``.
+    The id is ``printable``.
     """
 
     id: str
@@ -54,11 +54,16 @@ def discover(source: str | Path, format: str = "auto") -> list[Case]:
     cases = {"nnunet": _nnunet, "decathlon": _decathlon, "folder": _folder}[kind](source)
     if not cases:
         raise DatasetError(f"{source}: no .nii or .nii.gz images found ({kind} layout)")
-    cases = [replace(case, id=os.fsencode(case.id).decode("utf-8", "backslashreplace")) for case in cases]
+    cases = [replace(case, id=printable(case.id)) for case in cases]
     name, count = Counter(case.id for case in cases).most_common(1)[0]
     if count > 1:
         raise DatasetError(f"{source}: case {name!r} appears {count} times; ids must be unique")
     return sorted(cases, key=lambda case: case.id)
+
+
+def printable(name: str) -> str:
+    """The name of a file with the bytes of it that are not UTF-8 written as ``\\xff``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def discover_all(sources: Sequence[str | Path], format: str = "auto") -> list[Case]:

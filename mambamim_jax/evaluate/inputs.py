@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mambamim_jax.data import nifti
-from mambamim_jax.data.datasets import ENDINGS
+from mambamim_jax.data.datasets import ENDINGS, printable
 from mambamim_jax.data.intensity import normalise
 from mambamim_jax.data.volume import AIR, Volume, VolumeError, resample, same_grid
 from mambamim_jax.types import NumpyArray
@@ -81,8 +81,9 @@ def find_cases(source: str | Path, channel_names: Sequence[str]) -> dict[str, tu
 
 
 def stem(path: Path) -> str | None:
-    """The name without its ending, None if it is no NIfTI file's."""
-    return next((path.name[: -len(ending)] for ending in ENDINGS if path.name.endswith(ending)), None)
+    """The name without its ending, ``printable``; None if it is no NIfTI file's."""
+    name = printable(path.name)
+    return next((name[: -len(ending)] for ending in ENDINGS if name.endswith(ending)), None)
 
 
 def read_scan(files: Sequence[Path], description: Mapping[str, Any]) -> Scan:
