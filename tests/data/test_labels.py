@@ -25,6 +25,7 @@ def test_nnunet_and_decathlon_tables(tmp_path):
     assert read_table(write(tmp_path, **decathlon)).names == ("background", "lung", "cancer")
     table = read_table(write(tmp_path, labels={"background": 0, "a": 1}, **MRI))
     assert table.channels == ("T1", "T2", "T1c", "FLAIR")
+    assert read_table(write(tmp_path, labels={"background": 0, "a": 1.0}, **CT)).names == ("background", "a")
 
 
 def test_regions(tmp_path):
