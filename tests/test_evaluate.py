@@ -137,6 +137,14 @@ def test_without_a_table_every_value_is_a_class(main, data):
     assert {key[2] for key in scores(data / "out")} == {"label 1", "label 2"}
 
 
+def test_predictions_of_several_settings_are_said_to_be_that(main, data, capsys):
+    record = {"overlap": 0.5, "unfinished": ["gone"], "earlier": [{"overlap": 0.0, "cases": ["b"]}]}
+    (data / "run" / "predictions.json").write_text(json.dumps(record))
+    assert main(arguments(data)) == 0
+    assert json.loads((data / "out" / "summary.json").read_text())["made_otherwise"] == ["b"]
+    assert "1 of these predictions were made with other settings than the rest" in capsys.readouterr().out
+
+
 def test_file_names_may_be_any_bytes(main, data):
     for folder in ("run", "set/labelsTr"):
         (data / folder / "a.nii.gz").rename(data / folder / os.fsdecode(b"a\xff.nii.gz"))

@@ -119,6 +119,16 @@ class Output:
         write_text(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
+def made_otherwise(folder: Path) -> list[str]:
+    """Cases that the record of a folder, if it has one, says were not made with the settings of the others."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        groups = [record.get(UNFINISHED, ()), *(group[CASES] for group in record.get(EARLIER, ()))]
+        return sorted({str(case) for group in groups for case in group})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
+
+
 def check_apart(cases: Mapping[str, Sequence[Path]], folder: Path) -> None:
     """Raises InputError where predictions in this folder would lie among the scans, or take the place of one."""
     expected = "expected a folder without scans; choose another"

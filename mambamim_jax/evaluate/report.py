@@ -17,6 +17,7 @@ from mambamim_jax.evaluate import figure, worst
 from mambamim_jax.evaluate.inputs import InputError
 from mambamim_jax.evaluate.label_files import write_text
 from mambamim_jax.evaluate.metrics import METRICS
+from mambamim_jax.evaluate.output import made_otherwise
 from mambamim_jax.evaluate.scoring import Pair, find_pairs, score_all, values_of
 from mambamim_jax.evaluate.statistics import Rows, compare, summarise
 from mambamim_jax.evaluate.tables import Table, find_table, read_table, table_of_values
@@ -69,6 +70,9 @@ def evaluate(request: Request, terminal: Terminal | None = None) -> dict[str, An
         "rules": RULES,
         "cases": len(pairs),
         "labelled_but_not_predicted": left,
+        "made_otherwise": sorted(
+            {pair.case for pair in pairs}.intersection(made_otherwise(request.predictions))
+        ),
         "scores": summarise(rows),
     }
     others = None
@@ -106,6 +110,12 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         found += [
             "",
             f"note: {len(left)} labelled cases have no prediction and are not in this (first {left[0]})",
+        ]
+    if others := summary["made_otherwise"]:
+        found += [
+            "",
+            f"note: {len(others)} of these predictions were made with other settings than the rest, as "
+            f"predictions.json says (first {others[0]})",
         ]
     return found
 
