@@ -187,6 +187,12 @@ def find_model(path: str | Path) -> Path:
     raise ModelFileError(f"{path}: {what}; {advice}")
 
 
+def models(workdir: Path) -> list[str]:
+    """Names of the model folders that a run has left in its workdir, with those that a killed save left."""
+    names = ("best", "last")
+    return [name for name in (*names, *(f".{name}.before" for name in names)) if (workdir / name).exists()]
+
+
 def network_of(description: Mapping[str, Any]) -> dict[str, Any]:
     """What of a description decides the network."""
     return {key: value for key, value in description.items() if key in NETWORK}

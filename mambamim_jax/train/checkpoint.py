@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from mambamim_jax.checks import ConfigError
+from mambamim_jax.model_files import models
 from mambamim_jax.settings import CheckpointConfig, RunConfig, flat
 from mambamim_jax.train.optim import paths
 from mambamim_jax.train.processes import all_agree, first_alone, several
@@ -213,7 +214,7 @@ def _ignore_late_futures() -> None:
 def open_checkpoints(workdir: Path, config: RunConfig, say: Callable[[str], None] = print) -> Checkpoints:
     """The workdir's checkpoints, if ``config.resume`` and the saved configuration allow to go on from them.
 
-    Raises: ConfigError: there is a run and ``never``, none and ``must``, or one of another configuration.
+    Raises: ConfigError: ``never`` and a run or its models, ``must`` and none, or a run of another configuration.
     """
     checkpoints = Checkpoints(workdir, config.checkpoint, say)
     steps = checkpoints.steps()
@@ -224,6 +225,10 @@ def open_checkpoints(workdir: Path, config: RunConfig, say: Callable[[str], None
         found = f"found a run in {workdir} at step {steps[-1]}"
         advice = "choose another --workdir, or --config.resume=auto to continue it"
         raise ConfigError("config.resume", found, "a workdir without one", advice)
+    if config.resume == "never" and (left := models(workdir)):
+        found = f"found models of a run in {workdir}: {', '.join(left)}"
+        advice = "choose another --workdir, or --config.resume=auto to move them to its folder earlier"
+        raise ConfigError("config.resume", found, "a workdir without any", advice)
     for step in reversed(steps):
         try:
             saved = checkpoints.meta(step)["config"]

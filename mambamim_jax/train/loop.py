@@ -99,6 +99,8 @@ def train(
     try:
         if start < steps:
             state = restored.state if restored else initial_state(task, adamw, config.seed, placement)
+            if first and task.validation is not None and not restored:
+                task.validation.begin()
             step = make_step(
                 task,
                 adamw,

@@ -56,6 +56,9 @@ class Validation(Protocol):
     def every(self) -> int:
         """Steps between two measurements; there is one at the last step, too."""
 
+    def begin(self) -> None:
+        """Called before the first step, and not where a run goes on from a checkpoint."""
+
     def measure(self, step: int, state: State, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The row for validation.jsonl, JSON-able; ``earlier`` are those before. Numbers also go to TensorBoard."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mambamim_jax.evaluate.inputs import foreground
 from mambamim_jax.evaluate.labels import decide
 from mambamim_jax.evaluate.predict import MARGIN
 from mambamim_jax.evaluate.sliding_window import SlidingWindow
-from mambamim_jax.model_files import CONFIG, ModelFileError, save_model
+from mambamim_jax.model_files import ModelFileError, models, save_model
 from mambamim_jax.settings_finetune import ValidationConfig
 from mambamim_jax.train.labelled_data import LabelledData
 from mambamim_jax.train.step import State
@@ -43,6 +43,17 @@ class HeldOut:
     workdir: Path
     say: Callable[[str], None]
 
+    def begin(self) -> None:
+        """Moves the models that a run before this one left in the workdir to a new folder in WORKDIR/earlier."""
+        left = models(self.workdir)
+        if left:
+            earlier = self.workdir / "earlier"
+            aside = next(path for n in count() if not (path := earlier / str(n)).exists())
+            aside.mkdir(parents=True)
+            for name in left:
+                (self.workdir / name).rename(aside / name)
+            self.say(f"the models of an earlier run in {self.workdir} are in {aside}")
+
     def measure(self, step: int, state: State, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """{"mean_dice", "dice": {class: mean over the cases}, "cases": {id: Dice of each class}, "best": bool}.
 
@@ -54,26 +65,21 @@ class HeldOut:
             self.probabilities, self.crop, overlap=self.settings.overlap, batch=self.settings.batch
         )
         names, store = self.data.table.foreground, self.data.held_out
-        count = min(self.settings.cases or len(store), len(store))
-        cases = {store.entries[n].id: self._dice(window, params, n) for n in range(count)}
+        number = min(self.settings.cases or len(store), len(store))
+        cases = {store.entries[n].id: self._dice(window, params, n) for n in range(number)}
         by_class = {name: _mean([case[i] for case in cases.values()]) for i, name in enumerate(names)}
         mean = _mean(list(by_class.values()))
         best = max((row["mean_dice"] for row in earlier if row["mean_dice"] is not None), default=-1.0)
         improved = mean is not None and mean > best
-        text = f"step {step}: held-out Dice {mean if mean is None else round(mean, 4)} over {count} cases"
+        text = f"step {step}: held-out Dice {mean if mean is None else round(mean, 4)} over {number} cases"
         self.say(f"{text}, {'the best so far' if improved else f'best {best:.4f}'}")
         if improved:
             self._save("best", step, params, mean)
         return {"mean_dice": mean, "dice": by_class, "cases": cases, "best": improved}
 
     def finish(self, step: int, state: State) -> None:
-        """Writes WORKDIR/last, unless it is there."""
-        try:
-            steps = json.loads((self.workdir / "last" / CONFIG).read_text())["training"]["steps"]
-        except (OSError, ValueError, KeyError):
-            steps = None
-        if steps != step:
-            self._save("last", step, kept(state), None)
+        """Writes WORKDIR/last."""
+        self._save("last", step, kept(state), None)
 
     def _dice(self, window: SlidingWindow, params: Tree, n: int) -> list[float | None]:
         """Dice of each class, or region, in one case; outside the body's box all is background, as in prediction."""

@@ -131,6 +131,21 @@ def test_another_run_can_start_from_its_model(whole):
     assert all((loaded[name] == best[name]).all() for name in best)
 
 
+def test_a_new_run_in_a_workdir_with_models_leaves_none_of_them_as_its_own(
+    finetune, whole, phantoms, tmp_path
+):
+    """As many steps as the one before, whose checkpoints are gone."""
+    workdir = tmp_path / "run"
+    for name in ("best", "last"):
+        shutil.copytree(whole[0] / name, workdir / name)
+    shutil.copytree(whole[0] / "store", workdir / "store")
+    assert finetune(arguments(workdir, phantoms, seed=7, model__head_width=3)) == 0
+    for name in ("best", "last"):
+        assert load_model(workdir / name).description["head_width"] == 3
+        kept = workdir / "earlier" / "0" / name / "model.safetensors"
+        assert kept.read_bytes() == (whole[0] / name / "model.safetensors").read_bytes()
+
+
 # --- what is wrong, in one line, before any training
 
 

@@ -230,6 +230,12 @@ def test_resume_policies_and_mismatches(tmp_path):
     assert "config.log.every: now 1, was 2" in printed
 
 
+def test_never_refuses_the_models_of_a_run_without_checkpoints(tmp_path):
+    (tmp_path / "last").mkdir()
+    with pytest.raises(ConfigError, match=r"config.resume: found models of a run in .*: last; expected"):
+        run(tmp_path, replace(CONFIG, resume="never"))
+
+
 def test_panels_can_be_left_out(tmp_path):
     config = replace(CONFIG, steps=2, log=LogConfig(every=1, panel_every=0))
     _, printed = run(tmp_path, config, task=picture_task())
@@ -257,7 +263,10 @@ class Held:
     every = 4
 
     def __init__(self):
-        self.finished = []
+        self.begun, self.finished = 0, []
+
+    def begin(self):
+        self.begun += 1
 
     def measure(self, step, state, earlier):
         figure = float(sum(np.sum(np.asarray(leaf)) for leaf in jax.tree.leaves(state["ema"])))
@@ -285,13 +294,16 @@ def test_validation_at_its_interval_and_at_the_end(validated):
     assert [row["step"] for row in rows] == [4, 8, 9]
     assert [row["earlier"] for row in rows] == [[], [4], [4, 8]]
     assert held.finished == [9]
+    assert held.begun == 1
 
 
 @pytest.mark.parametrize("at", [5, 8, 9])
 def test_validation_and_average_resume_bit_for_bit(validated, tmp_path, at):
     with pytest.raises(Killed):
         run(tmp_path, loader=TinyLoader(die_at(at)), task=validated_task())
-    run(tmp_path, task=validated_task())
+    resumed = Held()
+    run(tmp_path, task=validated_task(resumed))
+    assert resumed.begun == 0
     expected = (validated[0] / "validation.jsonl").read_bytes()
     assert (tmp_path / "validation.jsonl").read_bytes() == expected
     run(tmp_path, task=validated_task())
