@@ -132,6 +132,8 @@ def save_model(
         shutil.rmtree(before, ignore_errors=True)
     except (OSError, WeightFileError) as error:
         raise ModelFileError(f"{folder}: the model cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 

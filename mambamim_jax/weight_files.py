@@ -95,8 +95,11 @@ def write_arrays(path: str | Path, arrays: Mapping[str, NumpyArray]) -> None:
             torch = _torch(path)
             torch.save({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, partial)
         os.replace(partial, path)
-    except OSError as error:
-        raise WeightFileError(f"{path}: cannot be written ({error})") from None
+    except WeightFileError:
+        raise
+    except Exception as error:  # each library has its own errors for a full disk
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightFileError(f"{path}: cannot be written ({reason})") from None
     finally:
         partial.unlink(missing_ok=True)
 

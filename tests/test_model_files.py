@@ -11,7 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from mambamim_jax.model_files import CONFIG, WEIGHTS, ModelFileError, find_model, flat, load_model, save_model
+from mambamim_jax.weight_files import WeightFileError, write_arrays
 
+from .full_disk import full_disk
 from .tiny_model import describe, random_params
 
 
@@ -63,6 +65,29 @@ def test_a_save_killed_between_its_renames_leaves_the_one_before(saved, tmp_path
     save_model(tmp_path / "best", description, params)
     (tmp_path / "best").rename(tmp_path / ".best.before")
     assert find_model(tmp_path) == tmp_path / ".best.before"
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_model_before_alone(saved, tmp_path):
+    _, description, params = saved
+    folder = save_model(tmp_path / "best", description, params)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with full_disk(1000), pytest.raises(ModelFileError, match="best: the model cannot be written") as error:
+        save_model(folder, description, params)
+    assert "\n" not in str(error.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_file_of_weights_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, suffix):
+    arrays, path = {"a": np.zeros(1000, np.float32)}, tmp_path / f"weights{suffix}"
+    with (
+        full_disk(1000),
+        pytest.raises(WeightFileError, match=r"cannot be written .*File too large") as error,
+    ):
+        write_arrays(path, arrays)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("task", ["encoder", "pretrain"])
