@@ -120,5 +120,8 @@ def write_png(image: NumpyArray, path: Path) -> None:
     """Writes (rows, columns, 3) uint8, aside first, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".png.part")
-    Image.fromarray(image).save(aside, format="png")
-    os.replace(aside, path)
+    try:
+        Image.fromarray(image).save(aside, format="png")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

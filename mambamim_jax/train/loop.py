@@ -20,7 +20,7 @@ from mambamim_jax.checks import ConfigError
 from mambamim_jax.settings import RunConfig
 from mambamim_jax.train.checkpoint import Checkpoints
 from mambamim_jax.train.feed import Feed, Stream
-from mambamim_jax.train.logs import RunLog, SilentLog, read_rows
+from mambamim_jax.train.logs import RunLog, SilentLog, open_log
 from mambamim_jax.train.optim import make_optimiser
 from mambamim_jax.train.panel import Panel
 from mambamim_jax.train.processes import Watchdog, first_alone
@@ -88,8 +88,7 @@ def train(
     if restored:
         _resume_stream(stream, restored.data, workdir)
         terminal.say(f"continuing at step {start} of {steps} from {checkpoints.folder / str(start)}")
-    first = jax.process_index() == 0
-    log = RunLog(workdir, start, validated=task.validation is not None) if first else SilentLog()
+    log = open_log(workdir, start, task.validation is not None, terminal.say)
     names = list(adamw.trained(like["params"]))
     drawn = task.panel and config.log.panel_every
     panel = Panel(task, next(iter(loader)), config.seed, placement) if drawn else None
@@ -99,7 +98,7 @@ def train(
     try:
         if start < steps:
             state = restored.state if restored else initial_state(task, adamw, config.seed, placement)
-            if first and task.validation is not None and not restored:
+            if task.validation is not None and not restored and jax.process_index() == 0:
                 task.validation.begin()
             step = make_step(
                 task,
@@ -250,7 +249,7 @@ class _Run:
         validation, rows = self.task.validation, self.log.validation
         assert validation is not None
         assert rows is not None
-        earlier = read_rows(rows.path)
+        earlier = rows.rows()
         if earlier and earlier[-1]["step"] == self.step:
             return
         row = {"step": self.step, **validation.measure(self.step, state, earlier)}
@@ -284,16 +283,20 @@ class _Run:
         step = self.step
         image = self.panel.draw(state, f"{self.task.name}, step {step}, loss {self.loss:.4f}")
         if image is not None:
-            visualise.write_png(image, self.workdir / "panels" / f"step_{step:07d}.png")
+            self.log.png(image, self.workdir / "panels" / f"step_{step:07d}.png")
             self.log.picture("panel", image, step)
         self.clock = time.monotonic()
 
     def finish(self) -> Outcome:
         """The loss curve and the summary."""
-        kept = self.checkpoints.steps()
+        kept, rows = self.checkpoints.steps(), self.log.rows()
+        if rows and jax.process_index() == 0:
+            picture = visualise.draw_loss_curve(rows, f"{self.task.name}: loss")
+            self.log.png(picture, self.workdir / "loss.png")
         return summarise(
             self.task,
             self.workdir,
+            rows,
             self.steps,
             self.signal,
             self.rate(),

@@ -1,16 +1,15 @@
-"""The end of a run: how it went, on one screen, and the loss curve."""
+"""The end of a run: how it went, on one screen."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 
-from mambamim_jax import visualise
-from mambamim_jax.train.logs import METRICS, read_rows
+from mambamim_jax.train.logs import METRICS
 from mambamim_jax.train.progress import Terminal, duration
 from mambamim_jax.train.step import Task
 
@@ -39,6 +38,7 @@ class Outcome:
 def summarise(
     task: Task,
     workdir: Path,
+    rows: Sequence[Mapping[str, Any]],
     steps: int,
     signal: int,
     rate: float,
@@ -46,19 +46,17 @@ def summarise(
     drawn: bool,
     terminal: Terminal,
 ) -> Outcome:
-    """Reads the run's metrics, draws its loss curve and says how it went and where everything is.
+    """Says how a run went and where everything is.
 
     Args:
+      rows: the metrics of all steps.
       steps, signal, rate: see ``Outcome``.
       kept: steps of the checkpoints.
       drawn: whether there are panels.
     """
-    rows = read_rows(workdir / METRICS)
     losses = [row["loss"] for row in rows] or [float("nan")]
     first, last = float(np.mean(losses[:ENDS])), float(np.mean(losses[-ENDS:]))
     outcome = Outcome(rows[-1]["step"] if rows else 0, steps, first, last, rate, signal)
-    if rows and jax.process_index() == 0:
-        visualise.write_png(visualise.draw_loss_curve(rows, f"{task.name}: loss"), workdir / "loss.png")
     done = "done" if outcome.step >= steps else f"stopped by signal {signal}"
     took = duration(sum(row["seconds"] for row in rows))
     lines = [

@@ -48,7 +48,7 @@ def _claim(workdir: Path, say: Callable[[str], None], patience: float, option: s
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK).open("a+")
     except OSError as error:
-        raise _unwritable(option, workdir, error) from error
+        raise unwritable(workdir, error, option) from error
     end = None
     while not _locked(file, say):
         holder = _holder(file)
@@ -67,13 +67,14 @@ def _claim(workdir: Path, say: Callable[[str], None], patience: float, option: s
         os.write(file.fileno(), json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
     except OSError as error:
         file.close()
-        raise _unwritable(option, workdir, error) from error
+        raise unwritable(workdir, error, option) from error
     return file
 
 
-def _unwritable(option: str, folder: Path, error: OSError) -> ConfigError:
+def unwritable(folder: Path, error: OSError, option: str = "--workdir") -> ConfigError:
+    """The error of a folder that a run cannot write to; ``option`` is what named it."""
     found = f"{folder} can't be written ({error.strerror})"
-    return ConfigError(option, found, "a folder you may write to, with room on its disk")
+    return ConfigError(option, found, "a folder you may write to, on a disk with room")
 
 
 def _locked(file: IO[str], say: Callable[[str], None]) -> bool:

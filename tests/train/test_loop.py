@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from mambamim_jax.train.logs import read_rows
 from mambamim_jax.train.loop import train
 from mambamim_jax.train.progress import Terminal
 from mambamim_jax.train.step import NonFiniteError
+from tests.full_disk import full_disk
 from tests.train.tiny import tiny_batch, tiny_task
 
 TASK = tiny_task()
@@ -263,14 +266,15 @@ class Held:
     every = 4
 
     def __init__(self):
-        self.begun, self.finished = 0, []
+        self.begun, self.seen, self.finished = 0, [], []
 
     def begin(self):
         self.begun += 1
 
     def measure(self, step, state, earlier):
         figure = float(sum(np.sum(np.asarray(leaf)) for leaf in jax.tree.leaves(state["ema"])))
-        return {"figure": figure, "earlier": [row["step"] for row in earlier]}
+        self.seen.append([row["step"] for row in earlier])
+        return {"figure": figure, "earlier": self.seen[-1]}
 
     def finish(self, step, state):
         self.finished.append(step)
@@ -320,6 +324,23 @@ def test_a_signal_saves_before_it_validates(validated, tmp_path):
     assert read_rows(tmp_path / "validation.jsonl") == []
     run(tmp_path, task=validated_task())
     assert (tmp_path / "validation.jsonl").read_bytes() == (validated[0] / "validation.jsonl").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")
+def test_a_full_disk_does_not_end_a_run(tmp_path, monkeypatch):
+    """Nor does it lose count: what was measured is known even where it could not be written."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with full_disk(100):
+        outcome, printed = run(tmp_path, task=replace(picture_task(), ema=0.9, validation=(held := Held())))
+    assert outcome.step == 9
+    assert "done: step 9 of 9" in printed
+    assert held.seen == [[], [4], [4, 8]]
+    assert held.finished == [9]
+    assert printed.count(" cannot be written (File too large); the run goes on") == 1
+    assert "a checkpoint could not be saved, there is none before it" in printed
+    assert "metrics.jsonl: the last 9 rows are missing" in printed
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_the_configuration_is_in_the_checkpoint(whole):

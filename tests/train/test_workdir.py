@@ -7,7 +7,6 @@ import errno
 import fcntl
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -17,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from mambamim_jax.checks import ConfigError
-from mambamim_jax.train.workdir import LOCK, claimed
+from mambamim_jax.train.workdir import LOCK, _claim, claimed
+from tests.full_disk import full_disk
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -98,15 +98,9 @@ def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path, place):
     assert "\n" not in str(refused.value)
 
 
-def test_a_full_disk_is_one_line(tmp_path):
-    """What may not grow at all is like it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    try:
-        with pytest.raises(ConfigError, match=r"^--output: .* can't be written \(File too large\)"):
-            _claim(tmp_path / "run", print, option="--output")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def test_a_workdir_on_a_full_disk_is_one_line(tmp_path):
+    with full_disk(), pytest.raises(ConfigError, match=r"^--output: .*run can't be written \(File too large\)"):
+        _claim(tmp_path / "run", print, option="--output")
     _claim(tmp_path / "run", print)
 
 
