@@ -15,6 +15,7 @@ import nibabel
 import numpy as np
 from isal import igzip  # type: ignore[attr-defined]
 
+from mambamim_jax.data import builder
 from mambamim_jax.data.anatomy import LABELS, draw_phantom
 from mambamim_jax.data.datasets import DatasetError
 from mambamim_jax.types import NumpyArray
@@ -42,7 +43,7 @@ def write_phantoms(folder: str | Path, *, seed: int = 0, count: int = 6) -> Path
         The folder.
 
     Raises:
-        DatasetError: the folder holds something other than phantoms.
+        DatasetError: the folder holds something other than phantoms, or cannot be written.
     """
     folder = Path(folder)
     wanted = {"seed": seed, "count": count, "version": VERSION}
@@ -71,6 +72,8 @@ def write_phantoms(folder: str | Path, *, seed: int = 0, count: int = 6) -> Path
         (partial / "dataset.json").write_text(json.dumps(description, indent=2))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+    except OSError as error:
+        raise DatasetError(builder.explain(error, folder)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mambamim_jax.data import datasets, nifti, phantom, volume
+from tests.full_disk import full_disk
 
 
 def contents(folder):
@@ -34,6 +35,12 @@ def test_phantoms(tmp_path):
             assert low < np.median(hu[organ == phantom.LABELS[name]]) < high, name
         box = volume.foreground_box(volume.resample(image, (1.5, 1.5, 1.5)).voxels, -175.0)
         assert (box[1] - box[0] >= 96).all()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    with full_disk(1000), pytest.raises(datasets.DatasetError, match="ct: disk full; nothing half-written"):
+        phantom.write_phantoms(tmp_path / "ct", count=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_data_is_left_alone(tmp_path):
