@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from ast import literal_eval
@@ -21,6 +22,8 @@ from mambamim_jax.checks import ConfigError, did_you_mean
 from mambamim_jax.settings import flat_items
 
 T = TypeVar("T")
+UNBOUNDED = ("optim.clip_norm",)
+"""Keys of numbers that may be infinite; all others are finite."""
 
 
 def defaults(cls: type) -> ConfigDict:
@@ -68,7 +71,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
             if len(value) == len(items):
                 return tuple(_typed(item, kind, key) for item, kind in zip(value, items))
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isnan(value):
+        if abs(value) <= sys.float_info.max or (value == math.inf and key in UNBOUNDED):
             return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
@@ -79,9 +82,9 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         many = len(items) == 2 and items[1] is Ellipsis
-        kind = {int: "integers", float: "numbers"}.get(items[0], items[0].__name__)
+        kind = {int: "integers", float: "finite numbers"}.get(items[0], items[0].__name__)
         return f"a tuple of {kind}, such as (1, 2, 3)" if many else f"{len(items)} {kind} in a tuple"
-    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+    names = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false"}
     return names.get(hint, "a section with keys")
 
 
@@ -212,7 +215,8 @@ def _parse(text: str, current: Any, key: str) -> Any:
             raise ConfigError(f"config.{key}", f"found {text!r}", "true or false")
         return text.lower() == "true"
     try:
-        return float(text) if text in ("inf", "nan") else literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = float(text) if text in ("inf", "nan") else literal_eval(text)
+        return float(value) if type(value) is int and isinstance(current, float) else value
+    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
         kinds = {int: "an integer", float: "a number", tuple: "a tuple, such as (96,96,96)"}
         raise ConfigError(f"config.{key}", f"found {text!r}", kinds[type(current)]) from None

@@ -99,7 +99,7 @@ class DataConfig(VolumeConfig):
     def mixture(self, key: str = "data.weights") -> dict[str, float] | None:
         """``weights`` as a mapping, None where there are none.
 
-        Raises: ConfigError if they are not written as they should be.
+        Raises: ConfigError if they are not written as they should be, or not numbers to draw by.
         """
         weights: dict[str, float] = {}
         for part in filter(str.strip, self.weights.split(",")):
@@ -108,7 +108,11 @@ class DataConfig(VolumeConfig):
                 weights[name.strip()] = float(number)
             except ValueError:
                 name = ""
-            require(name.strip() != "", key, part, "NAME=NUMBER", "such as --config.data.weights=A=3,B=1")
+            example = "such as --config.data.weights=A=3,B=1"
+            require(name.strip() != "", key, part, "NAME=NUMBER", example)
+            ok = 0 <= weights[name.strip()] < math.inf
+            require(ok, key, part, "a finite number, zero or more", example)
+        require(not weights or any(weights.values()), key, self.weights, "at least one above zero")
         return weights or None
 
 

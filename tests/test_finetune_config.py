@@ -83,6 +83,8 @@ def test_the_default_is_the_recipe(tmp_path):
         ("--config.optim.accumulate=3", "accumulate: found 3; expected a divisor of the batch"),
         ("--config.layer_decay=0", "layer_decay: found 0.0"),
         ("--config.loss.dice=-1", "dice: found -1.0"),
+        ("--config.loss.dice=1e999", "dice: found inf .*; expected a finite number"),
+        ("--config.augment.noise_std=1e999", "noise_std: found inf .*; expected a finite number"),
     ],
 )
 def test_wrong_settings_name_the_key(argument, says, tmp_path):
