@@ -29,6 +29,10 @@ def pretrain():
         (["--config=configs/pretrain.py:demo"], "--workdir: missing"),
         (["--config=configs/pretrain.py:demo", "--config.data.crops=1"], "did you mean config.data.crop?"),
         (["--config=configs/pretrain.py:openkbp", "--config.data.source=nowhere"], "an existing folder"),
+        (
+            ["--config=configs/pretrain.py:demo", "--config.model.scan=pallas_triton"],
+            "expected an NVIDIA GPU",
+        ),
     ],
 )
 def test_wrong_settings_end_with_2_before_any_work(pretrain, capsys, tmp_path, arguments, says):

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.model.encoder import ENCODERS, Encoder
 from mambamim_jax.model.mim import MaskedImageModel
 from mambamim_jax.model.segmenter import Segmenter
+from mambamim_jax.ops.selective_scan.api import refusal
 from mambamim_jax.settings_finetune import SegmenterConfig
 from mambamim_jax.settings_model import EncoderConfig, ModelConfig
 from mambamim_jax.types import Tree
@@ -22,6 +24,13 @@ def build_encoder(config: EncoderConfig, rngs: nnx.Rngs, in_channels: int = 1) -
     options = {name: getattr(own, name) for name in own.__dataclass_fields__}
     options |= {"in_channels": in_channels, "scan": config.scan, "dtype": jnp.dtype(config.dtype)}
     return cast(Encoder, ENCODERS[config.encoder](rngs=rngs, **options))  # type: ignore[call-arg]
+
+
+def check_scan(config: EncoderConfig) -> None:
+    """Raises ConfigError for a scan that the default device cannot run."""
+    if reason := refusal(config.scan):
+        expected = "one that this device can run, such as auto"
+        raise ConfigError("config.model.scan", f"found {config.scan!r}, but {reason}", expected)
 
 
 def build_mim(config: ModelConfig, rngs: nnx.Rngs) -> MaskedImageModel:

@@ -21,7 +21,7 @@ from mambamim_jax.model.rngs import Rngs
 from mambamim_jax.model.segmenter import Segmenter
 from mambamim_jax.settings_finetune import FinetuneConfig
 from mambamim_jax.settings_model import EncoderConfig
-from mambamim_jax.train.build import build_segmenter, to_dicts
+from mambamim_jax.train.build import build_segmenter, check_scan, to_dicts
 from mambamim_jax.train.checkpoint import open_checkpoints
 from mambamim_jax.train.labelled_data import LabelledData, make_loader, prepare_labelled, read_labels
 from mambamim_jax.train.loop import train
@@ -52,6 +52,7 @@ def finetune(config: FinetuneConfig, workdir: Path, terminal: Terminal | None = 
       NonFiniteError: the run broke; the last good checkpoint stays.
     """
     terminal = terminal or Terminal(quiet=jax.process_index() > 0)
+    check_scan(config.model)
     placement = make_placement(config.mesh, config.data.batch // config.optim.accumulate)
     with claimed(workdir, terminal.say), open_checkpoints(workdir, config, terminal.say) as checkpoints:
         new = not checkpoints.steps()
@@ -72,7 +73,7 @@ def finetune(config: FinetuneConfig, workdir: Path, terminal: Terminal | None = 
 def start(config: FinetuneConfig, table: LabelTable, terminal: Terminal) -> dict[str, NumpyArray]:
     """The parameters that ``config.init`` gives, with a report; none without it.
 
-    Raises: ConfigError if they don't fit, or if what is to stay frozen isn't there.
+    Raises: ConfigError if they don't fit, or if what is to stay frozen isn't there or is everything.
     """
     build = lambda: build_segmenter(config.model, table.classes, Rngs(0), len(table.channels))  # noqa: E731
     shapes = {name: leaf.shape for name, leaf in paths(to_dicts(nnx.eval_shape(build))[0]).items()}
@@ -82,6 +83,9 @@ def start(config: FinetuneConfig, table: LabelTable, terminal: Terminal) -> dict
             raise ConfigError(
                 "config.freeze", f"no part {prefix!r}", f"a path that begins with one of {tops}"
             )
+    if all(under(name, (*UNREAD, *config.freeze)) for name in shapes):
+        expected = "a part of the network that is left to be trained"
+        raise ConfigError("config.freeze", f"found {config.freeze}, which is all of it", expected)
     if not config.init:
         return {}
     loaded, report = load_start(config.init, shapes, partial=config.init_partial)

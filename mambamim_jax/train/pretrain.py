@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -11,12 +12,13 @@ from flax import nnx
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.data import phantom, store
 from mambamim_jax.data.loader import PretrainLoader
+from mambamim_jax.data.mix import Mix
 from mambamim_jax.model.mask import draw_mask, patchify, unpatchify
 from mambamim_jax.model.mim import MaskedImageModel
 from mambamim_jax.model.rngs import Rngs
 from mambamim_jax.settings import PHANTOMS, STRIDE, PretrainConfig
 from mambamim_jax.settings_model import ModelConfig
-from mambamim_jax.train.build import batch_stats, build_mim, to_dicts
+from mambamim_jax.train.build import batch_stats, build_mim, check_scan, to_dicts
 from mambamim_jax.train.checkpoint import open_checkpoints
 from mambamim_jax.train.feed import window
 from mambamim_jax.train.loop import train
@@ -40,6 +42,7 @@ def pretrain(config: PretrainConfig, workdir: Path, terminal: Terminal | None = 
       NonFiniteError: the run broke; the last good checkpoint stays.
     """
     terminal = terminal or Terminal(quiet=jax.process_index() > 0)
+    check_scan(config.model)
     placement = make_placement(config.mesh, config.data.batch // config.optim.accumulate)
     task = mim_task(config)
     placement.shardings(jax.eval_shape(task.init, jax.random.key(0)))  # refuses what does not divide
@@ -57,6 +60,7 @@ def prepare_data(
     sources = [Path(source).expanduser() for source in data.sources]
     if data.source == PHANTOMS:
         sources = [phantom.write_phantoms(workdir / "phantoms", seed=config.seed, count=data.phantoms)]
+    check_weights(sources, data.mixture())
     with terminal.counting("Preparing volumes") as progress:
         prepared = store.open_or_prepare(
             sources,
@@ -87,6 +91,16 @@ def prepare_data(
         )
     except ValueError as error:
         raise ConfigError("config.data", str(error), "settings that fit the data") from error
+
+
+def check_weights(sources: Sequence[Path], weights: Mapping[str, float] | None) -> None:
+    """Raises ConfigError unless every source has a weight, and every weight a source; a store's are known later."""
+    if not any(store.is_store(source) for source in sources):
+        try:
+            Mix.of([str(source) for source in sources], weights)
+        except ValueError as error:
+            expected = "NAME=NUMBER for each source, NAME its path or the last part of it"
+            raise ConfigError("config.data.weights", str(error), expected) from error
 
 
 def mim_task(config: PretrainConfig) -> Task:

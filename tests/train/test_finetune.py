@@ -180,6 +180,8 @@ def spoilt(phantoms, folder, how):
             "freeze",
             "config.freeze: no part 'encode'; expected a path that begins with one of aux, classify, ",
         ),
+        ("freeze all", "which is all of it; expected a part of the network that is left to be trained"),
+        ("scan", "config.model.scan: found 'pallas_triton', but found platform cpu, expected an NVIDIA GPU"),
         ("source", "config.data.source: found a store at"),
         ("several", "expected one data set"),
     ],
@@ -192,6 +194,10 @@ def test_bad_input_ends_with_2_and_one_line(finetune, whole, phantoms, tmp_path,
         changes = {"init": whole[0] / "best", "model__vision_mamba__channels": "(4,4,6,6,6)"}
     elif how == "freeze":
         changes["freeze"] = "('encode',)"
+    elif how == "freeze all":
+        changes["freeze"] = "('encoder','head','ups','classify','aux')"
+    elif how == "scan":
+        changes["model__scan"] = "pallas_triton"
     elif how == "source":
         source = whole[0] / "store"
     elif how == "several":
@@ -202,3 +208,4 @@ def test_bad_input_ends_with_2_and_one_line(finetune, whole, phantoms, tmp_path,
     assert printed.count("\n") == 1
     assert says in printed
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert (tmp_path / "run" / "store").exists() == (how == "label value")

@@ -51,8 +51,24 @@ def test_weights_decide_how_often_a_source_is_drawn(sources, tmp_path):
     mixed = loader_of(tmp_path, source=both, weights="a=3,b=1")
     drawn = [Path(mixed.store.entries[mixed.volume_of(n)].source).name for n in range(40)]
     assert drawn.count("a") == 30
-    with pytest.raises(ConfigError, match="no weight for source"):
-        loader_of(tmp_path, source=both, weights="a=1")
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ("a=1", "no weight for source .*b; weights are given for a"),
+        ("a=1,b=1,c=1", "weight for 'c', but the"),
+    ],
+)
+def test_weights_of_other_sources_are_refused_before_anything_is_prepared(sources, tmp_path, weights, says):
+    both = ",".join(map(str, sources))
+    with pytest.raises(ConfigError, match=f"config.data.weights: {says}"):
+        loader_of(tmp_path, source=both, weights=weights)
+    assert list(tmp_path.iterdir()) == []
+    cases = [case for source in sources for case in datasets.discover(source)]
+    store.prepare(cases, tmp_path / "store", spacing=DATA.spacing, workers=1)
+    with pytest.raises(ConfigError, match=says):  # it knows the sources itself
+        loader_of(tmp_path, source=str(tmp_path / "store"), weights=weights)
 
 
 def test_the_step_windows_what_the_loader_left_in_hu(sources, tmp_path):

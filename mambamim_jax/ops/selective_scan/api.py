@@ -127,6 +127,14 @@ def selective_scan(
     return (y, cast(Array, last)) if return_last_state else y
 
 
+def refusal(implementation: str) -> str | None:
+    """Why the default device cannot run one of ``IMPLEMENTATIONS``, whatever the inputs, or None where it can."""
+    if not implementation.startswith("pallas"):
+        return None
+    least = cards.HOPPER if implementation == "pallas_mosaic" else cards.AMPERE
+    return cards.device_refusal(*_device(), least) or _missing(implementation)
+
+
 def _scan_parts(name: str, reverse: bool, keep: bool, inputs: ScanInputs) -> tuple[Array, Array | None]:
     """`_kernel_scan`, on a mesh every device its rows and channels: the compiler cannot look into a kernel."""
     if partition.ambient() is None or not name.startswith("pallas"):

@@ -51,6 +51,15 @@ def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
     ]
 
 
+def test_what_a_device_cannot_run_is_known_without_inputs(monkeypatch):
+    for device, refused in {("cpu", ""): (True, True), ("gpu", "7.5"): (True, True), ("gpu", "8.0"): (False, True),
+                            ("gpu", "9.0"): (False, False)}.items():  # fmt: skip
+        monkeypatch.setattr(api, "_device", lambda device=device: device)
+        found = [api.refusal(name) is not None for name in ("pallas_triton", "pallas_mosaic")]
+        assert tuple(found) == refused
+        assert not any(map(api.refusal, ("auto", "reference", "associative", "sequential")))
+
+
 def test_kernel_says_why_it_refuses():
     inputs = random_inputs(SHAPE)
     assert cards.refusal(inputs, "gpu", "9.0") is None
