@@ -60,9 +60,8 @@ class VolumeConfig:
                 require(usable, f"{key}.source", source, "an existing folder or Decathlon .json", advice)
         require(self.phantoms > 0, f"{key}.phantoms", self.phantoms, "at least 1")
         require(min(self.spacing) > 0, f"{key}.spacing", self.spacing, "three positive lengths in mm")
-        require(
-            self.window[0] < self.window[1], f"{key}.window", self.window, "(low, high) in HU, low < high"
-        )
+        low, high = self.window
+        require(low < high, f"{key}.window", self.window, "(low, high) in HU, low < high")
         check_crop(self.crop, f"{key}.crop")
         for name in ("crops_per_volume", "volumes_per_batch"):
             require(getattr(self, name) > 0, f"{key}.{name}", getattr(self, name), "at least 1")
@@ -103,15 +102,13 @@ class DataConfig(VolumeConfig):
         """
         weights: dict[str, float] = {}
         for part in filter(str.strip, self.weights.split(",")):
-            name, _, number = part.rpartition("=")
+            name, _, number = (text.strip() for text in part.rpartition("="))
             try:
-                weights[name.strip()] = float(number)
+                weights[name] = float(number)
             except ValueError:
                 name = ""
-            example = "such as --config.data.weights=A=3,B=1"
-            require(name.strip() != "", key, part, "NAME=NUMBER", example)
-            ok = 0 <= weights[name.strip()] < math.inf
-            require(ok, key, part, "a finite number, zero or more", example)
+            require(name != "", key, part, "NAME=NUMBER", "such as --config.data.weights=A=3,B=1")
+            require(0 <= weights[name] < math.inf, key, part, "a finite number, zero or more")
         require(not weights or any(weights.values()), key, self.weights, "at least one above zero")
         return weights or None
 
@@ -150,9 +147,8 @@ class OptimConfig:
         require(0 <= self.warmup < 1, f"{key}.warmup", self.warmup, "a share of the run in [0, 1)")
         for name in ("weight_decay", "weight_decay_end"):
             require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "zero or more")
-        require(
-            all(0 <= beta < 1 for beta in self.betas), f"{key}.betas", self.betas, "two numbers in [0, 1)"
-        )
+        ok = all(0 <= beta < 1 for beta in self.betas)
+        require(ok, f"{key}.betas", self.betas, "two numbers in [0, 1)")
         require(self.eps > 0, f"{key}.eps", self.eps, "a positive number")
         require(self.clip_norm > 0, f"{key}.clip_norm", self.clip_norm, "a positive number or inf")
         require(self.accumulate > 0, f"{key}.accumulate", self.accumulate, "at least 1")
