@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -16,11 +17,13 @@ from mambamim_jax.evaluate.inputs import foreground
 from mambamim_jax.evaluate.labels import decide
 from mambamim_jax.evaluate.predict import MARGIN
 from mambamim_jax.evaluate.sliding_window import SlidingWindow
-from mambamim_jax.model_files import ModelFileError, models, save_model
+from mambamim_jax.model_files import CONFIG, WEIGHTS, ModelFileError, flat, models, save_model
 from mambamim_jax.settings_finetune import ValidationConfig
 from mambamim_jax.train.labelled_data import LabelledData
 from mambamim_jax.train.step import State
+from mambamim_jax.train.workdir import unwritable
 from mambamim_jax.types import Array, Size3, Tree
+from mambamim_jax.weight_files import read_arrays
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,20 @@ class HeldOut:
     say: Callable[[str], None]
 
     def begin(self) -> None:
-        """Moves the models that a run before this one left in the workdir to a new folder in WORKDIR/earlier."""
+        """Moves the models that a run before this one left in the workdir to a new folder in WORKDIR/earlier.
+
+        Raises: ConfigError where the workdir cannot be written to.
+        """
         left = models(self.workdir)
         if left:
             earlier = self.workdir / "earlier"
             aside = next(path for n in count() if not (path := earlier / str(n)).exists())
-            aside.mkdir(parents=True)
-            for name in left:
-                (self.workdir / name).rename(aside / name)
+            try:
+                aside.mkdir(parents=True)
+                for name in left:
+                    (self.workdir / name).rename(aside / name)
+            except OSError as error:
+                raise unwritable(self.workdir, error) from error
             self.say(f"the models of an earlier run in {self.workdir} are in {aside}")
 
     def measure(self, step: int, state: State, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -78,8 +87,21 @@ class HeldOut:
         return {"mean_dice": mean, "dice": by_class, "cases": cases, "best": improved}
 
     def finish(self, step: int, state: State) -> None:
-        """Writes WORKDIR/last."""
-        self._save("last", step, kept(state), None)
+        """Writes WORKDIR/last, unless it is there."""
+        params = kept(state)
+        if not self._is_there(step, params):
+            self._save("last", step, params, None)
+
+    def _is_there(self, step: int, params: Tree) -> bool:
+        """Whether WORKDIR/last is of this step and holds these parameters."""
+        folder, wanted = self.workdir / "last", flat({"params": params})
+        try:
+            steps = json.loads((folder / CONFIG).read_text())["training"]["steps"]
+            found = read_arrays(folder / WEIGHTS)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        same = steps == step and found.keys() == wanted.keys()
+        return same and all(np.array_equal(found[name], array) for name, array in wanted.items())
 
     def _dice(self, window: SlidingWindow, params: Tree, n: int) -> list[float | None]:
         """Dice of each class, or region, in one case; outside the body's box all is background, as in prediction."""

@@ -11,11 +11,14 @@ import pytest
 
 from mambamim_jax.data.phantom import write_phantoms
 from mambamim_jax.model_files import load_model
+from mambamim_jax.settings_finetune import ValidationConfig
 from mambamim_jax.train.logs import read_rows
 from mambamim_jax.train.optim import paths
 from mambamim_jax.train.validation import HeldOut
 from mambamim_jax.train.weights import load_start
 from mambamim_jax.weight_files import read_arrays
+from tests.full_disk import full_disk
+from tests.tiny_model import describe, random_params
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -144,6 +147,40 @@ def test_a_new_run_in_a_workdir_with_models_leaves_none_of_them_as_its_own(
         assert load_model(workdir / name).description["head_width"] == 3
         kept = workdir / "earlier" / "0" / name / "model.safetensors"
         assert kept.read_bytes() == (whole[0] / name / "model.safetensors").read_bytes()
+
+
+def held_out(workdir, said):
+    """A validation that only writes."""
+    return HeldOut(None, None, (32, 32, 32), ValidationConfig(), 1, describe(), workdir, said.append)
+
+
+def test_the_last_model_is_written_unless_it_is_there(tmp_path):
+    params, said = random_params(describe()), []
+    held = held_out(tmp_path, said)
+    held.finish(3, {"params": params})
+    (tmp_path / "last" / "note").touch()
+    held.finish(3, {"params": params})
+    assert (tmp_path / "last" / "note").exists()
+    held.finish(3, {"params": random_params(describe(), seed=5)})  # of another run
+    assert not (tmp_path / "last" / "note").exists()
+    with full_disk(1000):
+        held.finish(4, {"params": params})
+    assert load_model(tmp_path / "last").description["training"]["steps"] == 3
+    assert [line.partition(" (")[0] for line in said] == [
+        f"WARNING: {tmp_path / 'last'}: the model cannot be written"
+    ]
+
+
+def test_models_of_earlier_runs_are_kept_by_number(tmp_path):
+    said = []
+    for name in ("best", ".last.before", "best"):  # the second was left by a save killed between its renames
+        (tmp_path / name).mkdir()
+        held_out(tmp_path, said).begin()
+    held_out(tmp_path, said).begin()
+    found = {str(path.relative_to(tmp_path / "earlier")) for path in tmp_path.glob("earlier/*/*")}
+    assert found == {"0/best", "1/.last.before", "2/best"}
+    assert [path.name for path in tmp_path.iterdir()] == ["earlier"]
+    assert [line.rpartition("/")[2] for line in said] == ["0", "1", "2"]
 
 
 # --- what is wrong, in one line, before any training
