@@ -68,6 +68,7 @@ class HeldOut:
 
         A class that is neither in a case's label nor predicted there does not count (None); one that is missed, or
         predicted where it is not, has Dice 0. ``mean_dice`` is the mean over the classes of the means over cases.
+        "best": whether WORKDIR/best is this network; one that could not be written is not the best for those after.
         """
         params = kept(state)
         window = SlidingWindow(
@@ -78,13 +79,12 @@ class HeldOut:
         cases = {store.entries[n].id: self._dice(window, params, n) for n in range(number)}
         by_class = {name: _mean([case[i] for case in cases.values()]) for i, name in enumerate(names)}
         mean = _mean(list(by_class.values()))
-        best = max((row["mean_dice"] for row in earlier if row["mean_dice"] is not None), default=-1.0)
+        best = max((row["mean_dice"] for row in earlier if row["best"]), default=-1.0)
         improved = mean is not None and mean > best
         text = f"step {step}: held-out Dice {mean if mean is None else round(mean, 4)} over {number} cases"
         self.say(f"{text}, {'the best so far' if improved else f'best {best:.4f}'}")
-        if improved:
-            self._save("best", step, params, mean)
-        return {"mean_dice": mean, "dice": by_class, "cases": cases, "best": improved}
+        written = improved and self._save("best", step, params, mean)
+        return {"mean_dice": mean, "dice": by_class, "cases": cases, "best": written}
 
     def finish(self, step: int, state: State) -> None:
         """Writes WORKDIR/last, unless it is there."""
@@ -125,7 +125,8 @@ class HeldOut:
         there = [np.count_nonzero(np.isin(label, labels)) for labels in wanted]
         return [float(2 * c / (f + t)) if f + t else None for c, f, t in zip(common, found, there)]
 
-    def _save(self, name: str, step: int, params: Tree, dice: float | None) -> None:
+    def _save(self, name: str, step: int, params: Tree, dice: float | None) -> bool:
+        """Writes a model folder; whether that went."""
         results = {} if dice is None else {"held-out Dice": round(dice, 4)}
         training = {**self.description.get("training", {}), "steps": step}
         try:
@@ -136,6 +137,8 @@ class HeldOut:
             )
         except ModelFileError as error:  # such as a full disk: the run itself goes on
             self.say(f"WARNING: {error}")
+            return False
+        return True
 
 
 def kept(state: State) -> Tree:

@@ -1,9 +1,12 @@
 """Fine-tuning: the whole run on phantoms, resumed bit for bit; what it starts from; bad input in one line."""
 
+import contextlib
+import dataclasses
 import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -169,6 +172,20 @@ def test_the_last_model_is_written_unless_it_is_there(tmp_path):
     assert [line.partition(" (")[0] for line in said] == [
         f"WARNING: {tmp_path / 'last'}: the model cannot be written"
     ]
+
+
+def test_a_best_model_that_could_not_be_written_leaves_the_place_to_the_next(tmp_path, monkeypatch):
+    case = SimpleNamespace(id="a")
+    store = type("Cases", (list,), {"entries": [case]})([case])
+    data = SimpleNamespace(table=SimpleNamespace(foreground=["liver"]), held_out=store)
+    held = dataclasses.replace(held_out(tmp_path, []), data=data)
+    state, rows = {"params": random_params(describe())}, []
+    for step, (dice, room) in enumerate([(0.5, True), (0.8, False), (0.7, True), (0.6, True)]):
+        monkeypatch.setattr(HeldOut, "_dice", lambda *_, dice=dice: [dice])
+        with contextlib.nullcontext() if room else full_disk(1000):
+            rows.append(held.measure(step, state, rows))
+    assert [row["best"] for row in rows] == [True, False, True, False]
+    assert load_model(tmp_path / "best").description["training"]["steps"] == 2
 
 
 def test_models_of_earlier_runs_are_kept_by_number(tmp_path):
