@@ -7,6 +7,7 @@ import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -236,7 +237,17 @@ def test_a_signal_saves_before_it_validates(validated, tmp_path):
     assert (tmp_path / "validation.jsonl").read_bytes() == (validated[0] / "validation.jsonl").read_bytes()
 
 
-@pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")
+@pytest.fixture
+def nothing_cached():
+    """JAX would leave half a program in its cache, for other tests to read."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.mark.usefixtures("nothing_cached")
 def test_a_full_disk_does_not_end_a_run(tmp_path, monkeypatch):
     """Nor does it lose count: what was measured is known even where it could not be written."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
