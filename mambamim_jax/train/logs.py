@@ -60,10 +60,8 @@ class LogFile:
         end = os.fstat(self.file).st_size
         try:
             left = memoryview(self.waiting)
-            while left:
-                left = left[
-                    os.write(self.file, left) :
-                ]  # on a full disk a part may be written before the error
+            while left:  # on a full disk a part may be written before the error
+                left = left[os.write(self.file, left) :]
             self.waiting = b""
         except OSError as error:
             with suppress(OSError):

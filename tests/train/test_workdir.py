@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mambamim_jax.checks import ConfigError
-from mambamim_jax.train.workdir import LOCK, _claim, claimed
+from mambamim_jax.train.workdir import LOCK, claimed
 from tests.full_disk import full_disk
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +99,10 @@ def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path, place):
 
 
 def test_a_workdir_on_a_full_disk_is_one_line(tmp_path):
-    with full_disk(), pytest.raises(ConfigError, match=r"^--output: .*run can't be written \(File too large\)"):
+    with (
+        full_disk(),
+        pytest.raises(ConfigError, match=r"^--output: .*run can't be written \(File too large\)"),
+    ):
         _claim(tmp_path / "run", print, option="--output")
     _claim(tmp_path / "run", print)
 
