@@ -55,7 +55,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _renamed(argument: str) -> str:
-    return argument.replace("--source", "--config.source", 1).replace("--store", "--workdir", 1)
+    """An argument as ``parse_command_line`` knows it; nothing inside a value is touched."""
+    name, equals, value = argument.partition("=")
+    return {"--source": "--config.source", "--store": "--workdir"}.get(name, name) + equals + value
 
 
 if __name__ == "__main__":

@@ -13,12 +13,16 @@ from mambamim_jax.data.phantom import write_phantoms
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def pretrain():
-    source = importlib.util.spec_from_file_location("launch_pretrain", ROOT / "launch" / "pretrain.py")
+def launcher(name):
+    source = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
     module = importlib.util.module_from_spec(source)
     source.loader.exec_module(module)
     return module.main
+
+
+@pytest.fixture(scope="module")
+def pretrain():
+    return launcher("pretrain")
 
 
 @pytest.mark.parametrize(
@@ -82,3 +86,13 @@ def test_a_store_of_another_spacing_ends_with_one_line(tmp_path):
         in done.stderr
     )
     assert done.stderr.count("\n") == 1
+
+
+def test_the_names_of_options_may_be_part_of_a_path(tmp_path, capsys):
+    written, read = tmp_path / "b--source" / "st", tmp_path / "a--store" / "x"
+    write_phantoms(read, count=1)
+    arguments = ["--config=configs/data.py", "--config.workers=1", "--config.spacing=(6,6,6)"]
+    assert launcher("preprocess")([*arguments, f"--source={read}", "--store", str(written)]) == 0
+    assert (written / "manifest.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a--store", "b--source"]
+    assert str(written / "report") in capsys.readouterr().out.replace("\n", "")
