@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mambamim_jax.program import run
+
 NAMES = ("step", "toki", "scan", "mixer", "loader", "preprocess", "predict", "scaling", "saving", "space")
 
 
@@ -29,4 +31,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

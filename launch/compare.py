@@ -10,7 +10,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mambamim_jax.bench.starts import main
+from mambamim_jax.program import CONTINUE, run
+
+
+def main(argv: list[str]) -> int:
+    """The exit code, see ``mambamim_jax.bench.starts.main``."""
+    from mambamim_jax.bench import starts
+
+    return starts.main(argv)
+
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main, CONTINUE)

@@ -16,8 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mambamim_jax.checks import LineParser
-from mambamim_jax.convert import ConversionError, flatten, from_official, to_official
-from mambamim_jax.weight_files import WeightFileError, nest, read_arrays, write_arrays
+from mambamim_jax.program import run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("input", metavar="IN")
     parser.add_argument("output", metavar="OUT")
     options = parser.parse_args(argv)
+
+    from mambamim_jax.convert import ConversionError, flatten, from_official, to_official
+    from mambamim_jax.weight_files import WeightFileError, nest, read_arrays, write_arrays
+
     try:
         arrays = read_arrays(options.input)
         if options.to == "ours":
@@ -58,4 +61,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

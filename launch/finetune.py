@@ -6,18 +6,25 @@
 Presets: demo (no data needed), openkbp, btcv, amos22 and more. --help with --config lists all keys and values.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mambamim_jax.command import run_training
-from mambamim_jax.settings_finetune import FinetuneConfig
+from mambamim_jax.program import CONTINUE, run
+
+if TYPE_CHECKING:
+    from mambamim_jax.settings_finetune import FinetuneConfig
 
 
 def main(arguments: list[str]) -> int:
     """The exit code, see ``mambamim_jax.command.run_training``."""
+    from mambamim_jax.command import run_training
+    from mambamim_jax.settings_finetune import FinetuneConfig
+
     return run_training(arguments, FinetuneConfig, __doc__ or "", _work)
 
 
@@ -28,4 +35,4 @@ def _work(config: FinetuneConfig, workdir: Path) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main, CONTINUE)

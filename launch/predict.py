@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mambamim_jax.checks import ConfigError, LineParser
+from mambamim_jax.program import run
 
 AXES = "hwd"
 
@@ -83,4 +84,4 @@ def _size(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main, "run the same command again, without --overwrite, to continue")

@@ -15,14 +15,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mambamim_jax.checks import LineParser
-from mambamim_jax.data.benchmarks import BENCHMARKS
-from mambamim_jax.data.datasets import DatasetError
-from mambamim_jax.data.prepare import prepare
-from mambamim_jax.train.progress import Terminal
+from mambamim_jax.program import run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prepares one benchmark; 0, or 2 with one line on what is wrong."""
+    from mambamim_jax.data.benchmarks import BENCHMARKS
+    from mambamim_jax.data.datasets import DatasetError
+    from mambamim_jax.data.prepare import prepare
+    from mambamim_jax.train.progress import Terminal
+
     description, _, usage = (__doc__ or "").partition("\n\n")
     formatter = argparse.RawDescriptionHelpFormatter
     parser = LineParser(description=description, epilog=usage, formatter_class=formatter)
@@ -43,4 +45,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -10,12 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from mambamim_jax.checks import ConfigError
-from mambamim_jax.config import HelpRequested, parse_command_line
-from mambamim_jax.data import datasets, fingerprint, store
-from mambamim_jax.settings_data import PreprocessConfig
+from mambamim_jax.program import CONTINUE, run
 
 KEPT = ("spacing", "window", "encoding", "labels", "max_lost")
 """Keys that preprocessing gets as they are."""
@@ -23,6 +18,13 @@ KEPT = ("spacing", "window", "encoding", "labels", "max_lost")
 
 def main(arguments: list[str]) -> int:
     """The exit code: 0, or 2 where settings, data or the store's folder cannot work."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mambamim_jax.checks import ConfigError
+    from mambamim_jax.config import HelpRequested, parse_command_line
+    from mambamim_jax.data import datasets, fingerprint, store
+    from mambamim_jax.settings_data import PreprocessConfig
+
     try:
         config, folder = parse_command_line([_renamed(a) for a in arguments], PreprocessConfig, __doc__ or "")
         sources = [source.strip() for source in config.source.split(",") if source.strip()]
@@ -61,4 +63,4 @@ def _renamed(argument: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main, CONTINUE)
