@@ -6,6 +6,8 @@ import csv
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel
@@ -150,6 +152,37 @@ def test_file_names_may_be_any_bytes(main, data):
         (data / folder / "a.nii.gz").rename(data / folder / os.fsdecode(b"a\xff.nii.gz"))
     assert main(arguments(data)) == 0
     assert {key[1] for key in scores(data / "out")} == {"a\\xff", "b"}
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from mambamim_jax.evaluate import scoring, tables
+from mambamim_jax.program import run
+
+def main(arguments):
+    predictions, labels = map(Path, arguments)
+    to_all = lambda *_: os.killpg(0, signal.SIGINT)  # as a terminal does on Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    scoring.score_all(scoring.find_pairs(predictions, labels)[0], tables.table_of_values({1, 2}), 2.0, 2, to_all)
+
+if __name__ == "__main__":
+    run(main)
+"""
+
+
+def test_ctrl_c_while_processes_score_is_one_line(data):
+    (data / "interrupted.py").write_text(INTERRUPTED)
+    done = subprocess.run(
+        [sys.executable, data / "interrupted.py", data / "run", data / "set" / "labelsTr"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    expected = "interrupted; run the same command again to start over\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", expected)
 
 
 def refused(main, capsys, given: list[str], says: str) -> None:

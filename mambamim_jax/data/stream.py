@@ -16,6 +16,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import grain
@@ -24,6 +25,7 @@ from absl import flags
 
 from mambamim_jax.data.mix import Mix
 from mambamim_jax.data.store import Store
+from mambamim_jax.data.worker import deaf_children
 from mambamim_jax.types import NumpyArray
 
 _SAMPLE = 1  # its own stream of random numbers, apart from those of ``mix``
@@ -149,9 +151,12 @@ class BatchIterator(Iterator[dict[str, NumpyArray]]):
                 grain.MultiprocessingOptions(loader.workers, per_worker_buffer_size=2)
             )
         self._batches.append(iter(batches))
+        self._starting = loader.workers > 0
 
     def __next__(self) -> dict[str, NumpyArray]:
-        batch = next(self._batches[0])
+        with deaf_children() if self._starting else nullcontext():
+            batch = next(self._batches[0])
+        self._starting = False
         self._number += 1
         return batch
 

@@ -15,10 +15,25 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 from mambamim_jax.data import preprocess
+
+
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """What ``multiprocessing`` starts meanwhile never gets Ctrl-C, which a terminal sends to all processes at once.
+
+    To this process it comes afterwards.
+    """
+    resource_tracker.ensure_running()  # its start would undo the rest
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_jobs(jobs: Sequence[dict[str, Any]], workers: int) -> Iterator[dict[str, Any]]:
@@ -35,9 +50,9 @@ def run_jobs(jobs: Sequence[dict[str, Any]], workers: int) -> Iterator[dict[str,
     done: queue.SimpleQueue = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
-    stop = threading.Event()
+    stop, running = threading.Event(), set[subprocess.Popen]()
     threads = [
-        threading.Thread(target=_serve, args=(waiting, done, stop), daemon=True)
+        threading.Thread(target=_serve, args=(waiting, done, stop, running), daemon=True)
         for _ in range(min(workers, len(jobs)))
     ]
     for thread in threads:
@@ -50,11 +65,15 @@ def run_jobs(jobs: Sequence[dict[str, Any]], workers: int) -> Iterator[dict[str,
             yield answer
     finally:
         stop.set()
+        for process in tuple(running):  # none, unless it failed or was interrupted
+            process.terminate()
         for thread in threads:
             thread.join()
 
 
-def _serve(waiting: queue.SimpleQueue, done: queue.SimpleQueue, stop: threading.Event) -> None:
+def _serve(
+    waiting: queue.SimpleQueue, done: queue.SimpleQueue, stop: threading.Event, running: set[subprocess.Popen]
+) -> None:
     """Feed one worker process from the queue; start another in its place if it dies."""
     process: subprocess.Popen | None = None
     while not stop.is_set():
@@ -64,7 +83,9 @@ def _serve(waiting: queue.SimpleQueue, done: queue.SimpleQueue, stop: threading.
             break
         if process is None or process.poll() is not None:
             process = _start()
+        running.add(process)
         answer = _ask(process, job)
+        running.discard(process)
         if answer is None:
             _end(process)
             ended = f"worker process ended with {process.returncode}; out of memory? Use fewer workers"
@@ -83,7 +104,10 @@ def _start() -> subprocess.Popen:
     single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
     environment = os.environ | single | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "mambamim_jax.data.worker", str(os.getpid())]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    # A group of its own: Ctrl-C, which a terminal sends to the whole group, is for the parent to act on.
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0
+    )
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -117,6 +141,7 @@ def _die_with_parent(parent: int) -> None:
 def main() -> None:
     """A worker process: answers the parent's requests until it ends."""
     _die_with_parent(int(sys.argv[1]))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing half-written is left
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing but answers goes to the pipe
     for line in sys.stdin.buffer:

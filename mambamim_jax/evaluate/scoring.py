@@ -14,7 +14,8 @@ import numpy as np
 from nibabel import orientations
 
 from mambamim_jax.data import nifti
-from mambamim_jax.data.volume import Volume, VolumeError, same_grid
+from mambamim_jax.data.volume import Volume, same_grid
+from mambamim_jax.data.worker import deaf_children
 from mambamim_jax.evaluate.inputs import InputError, stem
 from mambamim_jax.evaluate.metrics import score
 from mambamim_jax.evaluate.tables import Table
@@ -132,14 +133,18 @@ def _scores(
     if workers <= 1 or len(pairs) < 2:
         yield from (score_pair(pair, table, tolerance) for pair in pairs)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
-        futures = [pool.submit(score_pair, pair, table, tolerance) for pair in pairs]
-        try:
-            yield from (future.result() for future in futures)
-        except (InputError, VolumeError):
-            pool.shutdown(cancel_futures=True)
-            raise
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        with deaf_children():
+            futures = [pool.submit(score_pair, pair, table, tolerance) for pair in pairs]
+        yield from (future.result() for future in futures)
+    except BaseException:
+        for child in set(multiprocessing.active_children()) - others:
+            child.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _whole(volume: Volume) -> NumpyArray:
