@@ -161,16 +161,19 @@ def _load(spec: str) -> tuple[ConfigDict, str]:
         raise ConfigError("--config", f"no file {file}", expected, "such as configs/pretrain.py:demo")
     module = types.ModuleType(f"config_{path.stem}")
     module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where a dataclass looks for what its file has imported
     try:
-        exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
         config = module.get_config(preset) if preset else module.get_config()
     except ConfigError:
         raise
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            "--config", f"{file} fails with {type(error).__name__}: {reason}", expected
-        ) from error
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}".strip(" :").partition("\n")[0]
+        raise ConfigError("--config", f"{file} fails with {reason}", expected) from error
+    if not isinstance(config, ConfigDict):
+        found = "None" if config is None else f"a {type(config).__name__}"
+        advice = "start from defaults(…), as the files in configs/ do"
+        raise ConfigError(file, f"get_config returned {found}", "a ConfigDict", advice)
     return config, module.get_config.__doc__ or ""
 
 

@@ -139,6 +139,32 @@ def test_a_broken_config_file_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"broken.py fails with OSError: two;") as caught:
         parse(config=f"--config={file}")
     assert "\n" not in str(caught.value)
+    for given, says in (("sys.exit()", "SystemExit;"), ("sys.exit('no data')", "SystemExit: no data;")):
+        file.write_text(f"import sys\n{given}\n")
+        with pytest.raises(ConfigError, match=rf"broken.py fails with {says}"):
+            parse(config=f"--config={file}")
+
+
+@pytest.mark.parametrize(("value", "found"), [("None", "None"), ("{'seed': 1}", "a dict")])
+def test_a_config_file_that_returns_something_else_is_named(tmp_path, value, found):
+    file = tmp_path / "other.py"
+    file.write_text(f"def get_config():\n    return {value}\n")
+    with pytest.raises(ConfigError, match=rf"other.py: get_config returned {found}; expected a ConfigDict"):
+        parse(config=f"--config={file}")
+
+
+def test_a_config_file_may_define_a_dataclass_and_be_written_in_utf_8(tmp_path):
+    file = tmp_path / "settings.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from mambamim_jax.config import defaults\nfrom mambamim_jax.settings import PretrainConfig\n"
+        "@dataclass\nclass Site:\n    name: str = 'Zürich'\n    seed: int = 5\n"
+        "def get_config():\n    config = defaults(PretrainConfig)\n    config.seed = Site().seed\n"
+        "    config.steps = len(Site().name)\n    return config\n",
+        encoding="utf-8",
+    )
+    config = parse(f"--config.data.source={tmp_path}", "--config.epochs=0", config=f"--config={file}")
+    assert (config.seed, config.steps) == (5, 6)
 
 
 def test_help_lists_every_key():
