@@ -5,11 +5,13 @@ Imports nothing but Python's own, so that all of it holds while the rest is impo
 
 from __future__ import annotations
 
+import _thread
 import errno
 import io
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -32,6 +34,7 @@ def run(main: Callable[[list[str]], int], again: str = START_OVER) -> NoReturn:
       main: arguments → exit code. again: what to do after Ctrl-C.
     """
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
+    sys.unraisablehook = _interrupt_again
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
@@ -42,6 +45,16 @@ def run(main: Callable[[list[str]], int], again: str = START_OVER) -> NoReturn:
             raise
         line, code = f"error: no module named {name}; install what pyproject.toml lists: pip install -e .", 2
     _leave(line, code)  # here, where nothing is held any more by the error
+
+
+def _interrupt_again(lost: Any) -> None:
+    """Repeats a Ctrl-C that came while Python ran what cannot fail, such as JAX's part of a garbage collection."""
+    if lost.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(lost)
+        return
+    later = threading.Timer(0.1, _thread.interrupt_main)
+    later.daemon = True
+    later.start()
 
 
 def _leave(line: str, code: int) -> NoReturn:

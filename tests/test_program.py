@@ -99,6 +99,20 @@ def test_ctrl_c_is_one_line_and_waits_for_no_thread():
         assert process.stderr.read() == "interrupted; run the same command again to start over\n"
 
 
+COLLECTING = """
+import gc, threading
+gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT) if gc.callbacks.pop() else None)
+gc.collect()
+threading.Event().wait(60)
+"""
+
+
+def test_ctrl_c_in_a_garbage_collection_is_not_lost():
+    process = start(COLLECTING)
+    assert process.communicate() == ("", "interrupted; run the same command again to start over\n")
+    assert process.returncode == 130
+
+
 def test_a_missing_package_is_one_line():
     process = start("import no_such_package")
     _, err = process.communicate()
