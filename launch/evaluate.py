@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mambamim_jax.checks import LineParser
+from mambamim_jax.paths import home
 from mambamim_jax.program import run
 
 
@@ -39,24 +40,20 @@ def _parser() -> LineParser:
     description, _, usage = (__doc__ or "").partition("\n\n")
     formatter = argparse.RawDescriptionHelpFormatter
     parser = LineParser(description=description, epilog=usage, formatter_class=formatter)
-    parser.add_argument("--predictions", type=_path, required=True, metavar="FOLDER")
-    parser.add_argument("--labels", type=_path, required=True, metavar="FOLDER")
-    parser.add_argument("--output", type=_path, required=True, metavar="FOLDER")
+    parser.add_argument("--predictions", type=home, required=True, metavar="FOLDER")
+    parser.add_argument("--labels", type=home, required=True, metavar="FOLDER")
+    parser.add_argument("--output", type=home, required=True, metavar="FOLDER")
     parser.add_argument(
-        "--labels-json", type=_path, metavar="FILE", help="dataset.json with the table of labels"
+        "--labels-json", type=home, metavar="FILE", help="dataset.json with the table of labels"
     )
     parser.add_argument(
-        "--compare", type=_path, metavar="FOLDER", help="predictions of another run, same cases"
+        "--compare", type=home, metavar="FOLDER", help="predictions of another run, same cases"
     )
     help_images = "scans to show; nnU-Net's images folder beside the labels if left out"
-    parser.add_argument("--images", type=_path, metavar="FOLDER", help=help_images)
+    parser.add_argument("--images", type=home, metavar="FOLDER", help=help_images)
     parser.add_argument("--tolerance", type=float, default=2.0, help="of NSD, in mm (2)")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes")
     return parser
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 if __name__ == "__main__":

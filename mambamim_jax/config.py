@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from mambamim_jax.checks import ConfigError, did_you_mean
+from mambamim_jax.paths import home
 from mambamim_jax.settings import flat_items
 
 T = TypeVar("T")
@@ -122,7 +123,7 @@ def parse_command_line(arguments: Sequence[str], cls: type[T], usage: str) -> tu
         raise HelpRequested(f"{usage}\n{documentation}\nKeys and their values in {given['config']}:\n{keys}")
     if not given.get("workdir"):
         raise ConfigError("--workdir", "missing", "a folder for this run's checkpoints and logs")
-    workdir = Path(given["workdir"]).expanduser().resolve()
+    workdir = home(given["workdir"]).resolve()
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError("--workdir", f"found a file at {workdir}", "a folder, new or of an earlier run")
     return validate(config, cls), workdir
@@ -156,7 +157,7 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, st
 def _load(spec: str) -> tuple[ConfigDict, str]:
     """``FILE`` or ``FILE:PRESET`` → (its ConfigDict, the file's docstring)."""
     file, _, preset = spec.partition(":")
-    path, expected = Path(file).expanduser(), "FILE.py or FILE.py:PRESET"
+    path, expected = home(file), "FILE.py or FILE.py:PRESET"
     if not path.is_file():
         raise ConfigError("--config", f"no file {file}", expected, "such as configs/pretrain.py:demo")
     module = types.ModuleType(f"config_{path.stem}")

@@ -10,6 +10,7 @@ from typing import Any
 from mambamim_jax.convert import to_official
 from mambamim_jax.model_files import ModelFileError, find_model, load_model, save_model
 from mambamim_jax.official_sizes import ConversionError
+from mambamim_jax.paths import home
 from mambamim_jax.types import Tree
 from mambamim_jax.weight_files import SUFFIXES, nest, read_arrays, write_arrays
 
@@ -28,7 +29,7 @@ def export(source: str | Path, target: str | Path, part: str = "whole") -> str:
 
     Raises: ModelFileError, WeightFileError or ConversionError, in one line; nothing is written then.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    source, target = home(source), home(target)
     description, params, stats = read_network(source)
     if part == "encoder" and description["task"] != "encoder":
         description, params, stats = encoder_alone(description), params["encoder"], {}

@@ -27,6 +27,7 @@ from mambamim_jax.model.mask import Mask
 from mambamim_jax.model.mim import MaskedImageModel
 from mambamim_jax.model.rngs import Rngs
 from mambamim_jax.model.segmenter import Segmenter
+from mambamim_jax.paths import home
 from mambamim_jax.settings_model import ModelConfig
 from mambamim_jax.train.build import build_encoder
 from mambamim_jax.types import Array, NumpyArray, Tree
@@ -111,7 +112,7 @@ def save_model(
       ModelFileError: a key is missing or does not fit, the parameters are not those of the network described, or
         the place cannot be written.
     """
-    folder = Path(folder).expanduser()
+    folder = home(folder)
     stamp = {"library": "mambamim_jax", "library_version": __version__, "format_version": FORMAT_VERSION}
     described = json.loads(json.dumps({**description, **stamp}))
     _check(described, folder)
@@ -174,7 +175,7 @@ def find_model(path: str | Path) -> Path:
 
     Raises: ModelFileError if there is none.
     """
-    path = Path(path).expanduser()
+    path = home(path)
     for folder in (path, path / "best", path / "last"):
         for found in (
             folder,

@@ -1,6 +1,6 @@
 """What all launch scripts do the same way: output that cannot be printed, Ctrl-C, a package that is missing.
 
-Imports nothing but Python's own, so that all of it holds while the rest is imported.
+Imports little but Python's own, so that all of it holds while the rest is imported.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from mambamim_jax.paths import PathError
+
 GONE = (errno.EPIPE, errno.EIO)
 """Errors of a pipe that nobody reads any more, and of a terminal that has been closed."""
 INTERRUPTED = 130
@@ -28,7 +30,7 @@ def run(main: Callable[[list[str]], int], again: str = START_OVER) -> NoReturn:
 
     Characters that the output's encoding lacks are printed as "?". Where the reader of the output goes away
     (``| head``), the work goes on without printing and keeps its exit code. Ctrl-C is one line and exit code 130, a
-    package that is missing one line and exit code 2: main imports what is not Python's own or ``checks``.
+    package that is missing or a ``PathError`` one line and exit code 2: main imports what is not Python's own.
 
     Args:
       main: arguments → exit code. again: what to do after Ctrl-C.
@@ -39,6 +41,8 @@ def run(main: Callable[[list[str]], int], again: str = START_OVER) -> NoReturn:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         line, code = f"interrupted; {again}", INTERRUPTED
+    except PathError as error:
+        line, code = f"error: {error}", error.exit_code
     except ModuleNotFoundError as error:
         name = error.name or ""
         if "." in name or name in ("", "mambamim_jax"):

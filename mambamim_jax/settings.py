@@ -11,10 +11,10 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from mambamim_jax.checks import one_of, require
+from mambamim_jax.paths import home
 from mambamim_jax.settings_model import ModelConfig
 from mambamim_jax.types import Size3, Spacing
 
@@ -55,7 +55,7 @@ class VolumeConfig:
             advice = f'pass --config.{key}.source=FOLDER, or "{PHANTOMS}" for generated volumes'
             require(self.source != "", f"{key}.source", self.source, "a folder with CT volumes", advice)
             for source in self.sources:
-                found = Path(source).expanduser()
+                found = home(source)
                 usable = found.is_dir() or (found.is_file() and found.suffix == ".json")
                 require(usable, f"{key}.source", source, "an existing folder or Decathlon .json", advice)
         require(self.phantoms > 0, f"{key}.phantoms", self.phantoms, "at least 1")

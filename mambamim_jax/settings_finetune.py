@@ -7,11 +7,11 @@ volume, Dice and cross-entropy, AdamW 1e-4 with decay 1e-5, 50 of 500 epochs of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 from mambamim_jax.checks import MOST_OVERLAP, one_of, require
 from mambamim_jax.data.augment import Augmentation
+from mambamim_jax.paths import home
 from mambamim_jax.settings import OptimConfig, RunConfig, VolumeConfig, check_flip, check_space
 from mambamim_jax.settings_model import EncoderConfig
 
@@ -43,7 +43,7 @@ class FinetuneDataConfig(VolumeConfig):
         require(len(self.sources) == 1, f"{key}.source", self.source, "one data set")
         one_of(f"{key}.normalisation", self.normalisation, ("auto", "window", "zscore"))
         require(0 <= self.positive <= 1, f"{key}.positive", self.positive, "a share in [0, 1]")
-        ok = not self.splits or Path(self.splits).expanduser().is_file()
+        ok = not self.splits or home(self.splits).is_file()
         require(ok, f"{key}.splits", self.splits, "an existing file, or nothing")
         require(self.fold >= 0, f"{key}.fold", self.fold, "0 or more")
         require(0 < self.held_out < 1, f"{key}.held_out", self.held_out, "a share between 0 and 1")
@@ -172,7 +172,7 @@ class FinetuneConfig(RunConfig):
 
     def check(self, key: str) -> None:
         super().check(key)
-        ok = not self.init or Path(self.init).expanduser().exists()
+        ok = not self.init or home(self.init).exists()
         advice = "or leave it empty to train from scratch"
         require(ok, "init", self.init, "an existing file or folder of weights", advice)
         require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "a factor above 0, at most 1")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mambamim_jax.paths import home
 from mambamim_jax.types import NumpyArray
 
 TORCH = (".pth", ".pt", ".bin")
@@ -30,8 +31,8 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
 
     Raises: WeightFileError if the file is missing or damaged, or the library it needs is.
     """
-    if Path(path).expanduser().is_dir():
-        return _read_run(Path(path).expanduser())
+    if home(path).is_dir():
+        return _read_run(home(path))
     path = _checked(path)
     if not path.is_file():
         raise WeightFileError(f"{path}: no such file")
@@ -117,7 +118,7 @@ def nest(arrays: Mapping[str, NumpyArray]) -> dict[str, Any]:
 
 
 def _checked(path: str | Path) -> Path:
-    path = Path(path).expanduser()
+    path = home(path)
     if path.suffix not in SUFFIXES:
         raise WeightFileError(f"{path}: found suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
     return path

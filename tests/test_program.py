@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mambamim_jax.paths import home
+
 ROOT = Path(__file__).parents[1]
 START = """
 import os, signal, sys
@@ -97,6 +99,28 @@ def test_ctrl_c_is_one_line_and_waits_for_no_thread():
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
         assert process.stderr.read() == "interrupted; run the same command again to start over\n"
+
+
+def test_a_user_who_does_not_exist_is_one_line(tmp_path):
+    says = "error: ~nosuchuser/x: no home folder for ~nosuchuser here; write the whole path\n"
+    common = ["--predictions=~nosuchuser/x", "--labels=y", "--output=z"]
+    for script, *arguments in (
+        ("evaluate", *common),
+        ("pretrain", f"--config={ROOT}/configs/pretrain.py:demo", "--workdir=~nosuchuser/x"),
+        ("preprocess", f"--config={ROOT}/configs/data.py", "--source=~nosuchuser/x", "--store=z"),
+    ):
+        command = [sys.executable, ROOT / "launch" / f"{script}.py", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", says)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_helper_expands_users():
+    own = ROOT / "mambamim_jax" / "paths.py"
+    for path in {*(ROOT / "mambamim_jax").rglob("*.py"), *(ROOT / "launch").glob("*.py")} - {own}:
+        assert "expanduser" not in path.read_text(encoding="utf-8"), path
+    assert home("~/x") == Path.home() / "x"
+    assert home("x/~y") == Path("x/~y")
 
 
 COLLECTING = """

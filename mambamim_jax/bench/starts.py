@@ -30,6 +30,7 @@ from mambamim_jax.data.datasets import DatasetError, discover
 from mambamim_jax.data.labels import SPLITS, make_split
 from mambamim_jax.evaluate.metrics import METRICS
 from mambamim_jax.evaluate.statistics import OVERALL, compare, summarise
+from mambamim_jax.paths import home
 from mambamim_jax.train.logs import METRICS as METRICS_FILE
 from mambamim_jax.train.logs import read_rows
 
@@ -247,8 +248,8 @@ def main(argv: list[str]) -> int:
         "--finetune-flag", action="append", default=[], metavar="KEY=VALUE", help="of its config"
     )
     options = parser.parse_args(argv)
-    options.workdir = options.workdir.expanduser().resolve()
-    options.source = options.source.expanduser().resolve()
+    options.workdir = home(options.workdir).resolve()
+    options.source = home(options.source).resolve()
     stages = Stages(options.workdir, options.jobs, options.gpus)
     try:
         link_sides(options.source, options.workdir / "data")

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mambamim_jax.paths import home
+
 FORMATS = ("auto", "nnunet", "decathlon", "folder")
 ENDINGS = (".nii.gz", ".nii")
 LABEL_MARKS = ("_label", "_labels", "_seg")
@@ -45,7 +47,7 @@ def discover(source: str | Path, format: str = "auto") -> list[Case]:
     Raises:
         DatasetError: nothing there, nothing usable, or no telling what it is.
     """
-    source = Path(source).expanduser()
+    source = home(source)
     if format not in FORMATS:
         raise DatasetError(f"format {format!r}, expected one of {', '.join(FORMATS)}")
     if not source.exists():

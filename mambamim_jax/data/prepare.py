@@ -17,6 +17,7 @@ from mambamim_jax.data.benchmarks import BENCHMARKS, Benchmark, Item
 from mambamim_jax.data.datasets import DatasetError
 from mambamim_jax.data.labels import SPLITS
 from mambamim_jax.data.volume import VolumeError
+from mambamim_jax.paths import home
 
 FOLDS = 5
 
@@ -44,7 +45,7 @@ def prepare(
         DatasetError: a layout other than the set's own, or an output that is there.
     """
     benchmark = BENCHMARKS[name]
-    source, output = Path(source).expanduser().resolve(), Path(output).expanduser()
+    source, output = home(source).resolve(), home(output)
     if not source.is_dir():
         raise DatasetError(f"{source}: no such folder; give the extracted download of {benchmark.title}")
     if output.exists() and any(output.iterdir()):

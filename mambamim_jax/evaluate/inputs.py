@@ -14,6 +14,7 @@ from mambamim_jax.data import nifti
 from mambamim_jax.data.datasets import ENDINGS, printable
 from mambamim_jax.data.intensity import normalise
 from mambamim_jax.data.volume import AIR, Volume, VolumeError, resample, same_grid
+from mambamim_jax.paths import home
 from mambamim_jax.types import NumpyArray
 
 CHANNEL = re.compile(r"(.+)_(\d{4})")
@@ -49,7 +50,7 @@ def find_cases(source: str | Path, channel_names: Sequence[str]) -> dict[str, tu
 
     Raises: InputError where there is nothing, or a case has other channels than the model.
     """
-    source = Path(source).expanduser()
+    source = home(source)
     if not source.exists():
         raise InputError(f"{source}: no such file or folder; expected a NIfTI file or a folder of them")
     folder = source if source.is_dir() else source.parent

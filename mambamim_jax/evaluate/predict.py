@@ -23,6 +23,7 @@ from mambamim_jax.evaluate.output import LABELS, PROBABILITIES, Output, check_ap
 from mambamim_jax.evaluate.painter import Painter, place
 from mambamim_jax.evaluate.sliding_window import SlidingWindow
 from mambamim_jax.model_files import WEIGHTS, LoadedModel, ModelFileError, load_model, network_of
+from mambamim_jax.paths import home
 from mambamim_jax.train.progress import Terminal
 from mambamim_jax.train.workdir import claimed
 from mambamim_jax.types import Array, NumpyArray, Size3, Tree
@@ -131,7 +132,7 @@ def predict(
     Raises: ModelFileError, InputError or ConfigError before any work, where another run writes to the output for
       instance; InputError where the disk is full, what is done stays.
     """
-    terminal, folder = terminal or Terminal(), Path(output).expanduser()
+    terminal, folder = terminal or Terminal(), home(output)
     predictor = Predictor(paths, options)
     cases = find_cases(source, predictor.description["channel_names"])
     check_apart(cases, folder)

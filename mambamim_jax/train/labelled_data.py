@@ -14,6 +14,7 @@ from mambamim_jax.data.datasets import Case, DatasetError
 from mambamim_jax.data.labelled import LabelledLoader
 from mambamim_jax.data.labels import SPLITS, LabelTable, Split, make_split, read_table, take_share
 from mambamim_jax.data.store import Store
+from mambamim_jax.paths import home
 from mambamim_jax.settings import PHANTOMS
 from mambamim_jax.settings_finetune import FinetuneConfig, FinetuneDataConfig
 from mambamim_jax.train.progress import Terminal
@@ -42,7 +43,7 @@ def find_source(config: FinetuneConfig, workdir: Path) -> Path:
     data = config.data
     if data.source == PHANTOMS:
         return phantom.write_phantoms(workdir / "phantoms", seed=data.split_seed, count=data.phantoms)
-    source = Path(data.source).expanduser()
+    source = home(data.source)
     if store.is_store(source):
         advice = "name the data set itself, and this folder as config.data.store"
         raise ConfigError(
@@ -82,7 +83,7 @@ def prepare_labelled(
     with terminal.counting("Preparing volumes") as progress:
         prepared = store.prepare(
             chosen,
-            Path(data.store).expanduser() if data.store else workdir / "store",
+            home(data.store) if data.store else workdir / "store",
             spacing=data.spacing,
             window=data.window,
             intensity="hu" if normalisation[0]["kind"] == "window" else "zscore",
@@ -156,7 +157,7 @@ def find_split(ids: Sequence[str], source: Path, data: FinetuneDataConfig) -> Sp
     Raises: DatasetError if it does not fit the cases.
     """
     own = (source if source.is_dir() else source.parent) / SPLITS
-    file = Path(data.splits).expanduser() if data.splits else own if own.is_file() else None
+    file = home(data.splits) if data.splits else own if own.is_file() else None
     split = make_split(ids, file, fold=data.fold, held_out=data.held_out, seed=data.split_seed)
     return replace(split, train=take_share(split.train, data.label_fraction, data.split_seed))
 

@@ -16,6 +16,7 @@ from mambamim_jax.data.mix import Mix
 from mambamim_jax.model.mask import draw_mask, patchify, unpatchify
 from mambamim_jax.model.mim import MaskedImageModel
 from mambamim_jax.model.rngs import Rngs
+from mambamim_jax.paths import home
 from mambamim_jax.settings import PHANTOMS, STRIDE, PretrainConfig
 from mambamim_jax.settings_model import ModelConfig
 from mambamim_jax.train.build import batch_stats, build_mim, check_scan, to_dicts
@@ -57,14 +58,14 @@ def prepare_data(
 ) -> PretrainLoader:
     """Volumes found or made, preprocessed into the store, and the loader of some rows of its batches."""
     data = config.data
-    sources = [Path(source).expanduser() for source in data.sources]
+    sources = [home(source) for source in data.sources]
     if data.source == PHANTOMS:
         sources = [phantom.write_phantoms(workdir / "phantoms", seed=config.seed, count=data.phantoms)]
     check_weights(sources, data.mixture())
     with terminal.counting("Preparing volumes") as progress:
         prepared = store.open_or_prepare(
             sources,
-            Path(data.store).expanduser() if data.store else workdir / "store",
+            home(data.store) if data.store else workdir / "store",
             format=data.format,
             spacing=data.spacing,
             window=data.window,

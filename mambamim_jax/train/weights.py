@@ -12,6 +12,7 @@ import numpy as np
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.convert import ConversionError, flatten, from_official
 from mambamim_jax.model_files import CONFIG, ModelFileError, load_model
+from mambamim_jax.paths import home
 from mambamim_jax.train.optim import under
 from mambamim_jax.types import NumpyArray
 from mambamim_jax.weight_files import WeightFileError, read_arrays
@@ -80,7 +81,7 @@ def load_start(
 
     Raises: ConfigError, one line, for what cannot be read or does not fit.
     """
-    found = _read(Path(path).expanduser(), partial)
+    found = _read(home(path), partial)
     whole = "classify/kernel" in found
     kind = "segmentation network" if whole else "pre-training network"
     if all(under(name, (ENCODER,)) for name in found):
