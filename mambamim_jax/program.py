@@ -5,11 +5,11 @@ Imports little but Python's own, so that all of it holds while the rest is impor
 
 from __future__ import annotations
 
-import _thread
 import errno
 import io
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def _interrupt_again(lost: Any) -> None:
     if lost.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(lost)
         return
-    later = threading.Timer(0.1, _thread.interrupt_main)
+    later = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
     later.daemon = True
     later.start()
 

@@ -128,6 +128,7 @@ import gc, threading
 gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT) if gc.callbacks.pop() else None)
 gc.collect()
 threading.Event().wait(60)
+print("waited for nothing")
 """
 
 
