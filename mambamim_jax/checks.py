@@ -67,6 +67,17 @@ def whole_numbers(least: int, count: int | None = None) -> Callable[[str], tuple
     return parse
 
 
+def overlap(text: str) -> float:
+    """The type of an option that takes the share of a window that the next one covers again."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a share in [0, 1)")
+    return found
+
+
 class LineParser(argparse.ArgumentParser):
     """A command line whose errors are one line, too; the exit code is 2."""
 

@@ -20,7 +20,7 @@ import numpy as np
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.tables import print_table
 from mambamim_jax.bench.torch_baseline import checkout
-from mambamim_jax.checks import LineParser, whole, whole_numbers
+from mambamim_jax.checks import LineParser, overlap, whole, whole_numbers
 from mambamim_jax.types import NumpyArray, Size3
 
 HERE = "mambamim_jax.bench.predict"
@@ -239,7 +239,7 @@ def _parser() -> LineParser:
     parser.add_argument("--classes", type=whole(1), default=14)
     parser.add_argument("--window", type=whole(1), default=96, help="voxels a side")
     parser.add_argument("--volume", type=whole_numbers(1, 3), default=(96, 96, 144), metavar="H,W,D")
-    parser.add_argument("--overlap", type=float, default=0.5)
+    parser.add_argument("--overlap", type=overlap, default=0.5)
     parser.add_argument("--batch", type=whole(1), default=1, help="windows computed together")
     parser.add_argument("--steps", type=whole(1), default=3, help="measured volumes of each side")
     parser.add_argument("--warm-up", type=whole(0), default=1, help="volumes before, of each side")
