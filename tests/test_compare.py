@@ -2,12 +2,17 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mambamim_jax.bench import starts
+from mambamim_jax.bench.stages import StageError, Stages
 from mambamim_jax.data.phantom import write_phantoms
 from mambamim_jax.evaluate.metrics import METRICS
 
@@ -86,6 +91,9 @@ def test_the_other_metrics(workdir):
         ("--seeds=x", "found x, expected a whole number"),
         ("--shares=1.0,20", "found 1.0,20, expected numbers in (0, 1]"),
         ("--shares=", "found , expected numbers in (0, 1]"),
+        ("--shares=1.0,0.99999999", "expected every share once"),
+        ("--overlap=1", "found 1, expected a share in [0, 1)"),
+        ("--overlap=nan", "found nan, expected a share in [0, 1)"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(argument, expected, tmp_path, capsys):
@@ -105,26 +113,246 @@ def test_absent_classes_stay_out(workdir):
     assert merged[1]["dice"] == rows[1]["dice"]
 
 
-def test_pretraining_sees_no_held_out_scan(tmp_path):
-    source = write_phantoms(tmp_path / "data", count=3)
+def test_shares_have_folders_and_headings_of_their_own(workdir, tmp_path):
+    names = [starts.Run("scratch", share, 3).name for share in (1.0, 0.998, 0.2, 0.07)]
+    assert names == ["scratch_100_3", "scratch_99.8_3", "scratch_20_3", "scratch_7_3"]
+    shutil.copytree(workdir, tmp_path / "copy")
+    for start in starts.STARTS:
+        run = starts.Run(start, 0.2, 0).evaluation(tmp_path / "copy").parent
+        run.rename(run.with_name(starts.Run(start, 0.998, 0).name))
+    assert any(
+        line.startswith("99.8% of the labels;") for line in starts.table(tmp_path / "copy", [0.998], 1)
+    )
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    """Three phantoms, of which the second is held out, and in another fold the others."""
+    source = write_phantoms(tmp_path_factory.mktemp("phantoms") / "data", count=3)
     splits = [{"train": ["phantom_000", "phantom_002"], "val": ["phantom_001"]}]
+    splits.append({"train": ["phantom_001"], "val": ["phantom_000", "phantom_002"]})
     (source / "splits_final.json").write_text(json.dumps(splits))
-    starts.link_sides(source, tmp_path / "sides")
-    names = {
-        side: sorted(p.name for p in (tmp_path / "sides" / side).iterdir()) for side in ("train", "held_out")
+    return source
+
+
+@pytest.fixture
+def source(phantoms, tmp_path):
+    return shutil.copytree(phantoms, tmp_path / "data")
+
+
+class Done(Exception):
+    """Everything was checked and the first stage would start."""
+
+
+@pytest.fixture
+def compare(source, tmp_path, capsys, monkeypatch):
+    """Runs the command line up to the first stage; its one line on what is wrong, or nothing."""
+
+    def stop(*_):
+        raise Done
+
+    monkeypatch.setattr(starts, "run_all", stop)
+
+    def run(*flags):
+        demo = [f"--{script}=configs/{script}.py:demo" for script in ("pretrain", "finetune")]
+        try:
+            assert starts.main([f"--source={source}", f"--workdir={tmp_path / 'run'}", *demo, *flags]) == 2
+        except Done:
+            return ""
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return run
+
+
+def tree(folder):
+    """Every file and link below a folder with what it holds."""
+    paths = sorted(folder.rglob("*"))
+    return {
+        path: path.readlink() if path.is_symlink() else path.read_bytes()
+        for path in paths
+        if not path.is_dir()
     }
-    assert names["train"] == ["phantom_000_0000.nii.gz", "phantom_002_0000.nii.gz"]
-    assert names["held_out"] == ["phantom_001_0000.nii.gz"]
-    labels = sorted(p.name for p in (tmp_path / "sides" / "held_out_labels").iterdir())
-    assert labels == ["dataset.json", "phantom_001.nii.gz"]
 
 
-def test_a_failed_stage_names_its_log(tmp_path, capsys):
-    source = write_phantoms(tmp_path / "data", count=3)
-    splits = [{"train": ["phantom_000", "phantom_002"], "val": ["phantom_001"]}]
-    (source / "splits_final.json").write_text(json.dumps(splits))
-    arguments = [f"--source={source}", f"--workdir={tmp_path / 'run'}", "--pretrain=nothing.py"]
-    assert starts.main(arguments) == 2
-    printed = capsys.readouterr().err
-    assert printed.startswith("error: pretrain of all ended with 2: error: --config: no file nothing.py")
-    assert "logs/all_pretrain.txt" in printed
+@pytest.mark.parametrize(("fold", "held_out"), [(0, ["001"]), (1, ["000", "002"])])
+def test_pretraining_sees_no_held_out_scan(compare, tmp_path, fold, held_out):
+    assert compare(f"--finetune-flag=data.fold={fold}") == ""
+    data = tmp_path / "run" / "data"
+    names = {side: sorted(p.name for p in (data / side).iterdir()) for side in ("train", "held_out")}
+    train = [name for name in ("000", "001", "002") if name not in held_out]
+    assert names["train"] == [f"phantom_{name}_0000.nii.gz" for name in train]
+    assert names["held_out"] == [f"phantom_{name}_0000.nii.gz" for name in held_out]
+    labels = sorted(p.name for p in (data / "held_out_labels").iterdir())
+    assert labels == ["dataset.json", *(f"phantom_{name}.nii.gz" for name in held_out)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--finetune-flag=nosuch=2", "finetune: config.nosuch: no such key"),
+        ("--pretrain-flag=steps=x", "pretrain: config.steps: found 'x'; expected an integer"),
+        ("--pretrain=nothing.py", "pretrain: --config: no file nothing.py"),
+        ("--finetune-flag=seed=2", "finetune: config.seed: set by --finetune-flag; expected a key that"),
+        ("--finetune-flag=data.labels=('liver',)", "config.data.labels: found liver; expected the labels of"),
+        (
+            "--finetune-flag=model.hymamba.mamba_depth=3",
+            "found 3 in fine-tuning; expected that of pre-training, 2",
+        ),
+        ("--finetune-flag=model.encoder=vision_mamba", "config.model.encoder: found 'vision_mamba'"),
+        ("--finetune-flag=data.fold=2", "splits_final.json: no fold 2, it has 2"),
+        ("--source=nowhere", "--source: found no folder"),
+        ("--gpus=3", "--gpus: found 3; expected at most the 2 of CUDA_VISIBLE_DEVICES"),
+        ("--workdir={file}", "--workdir: found a file at"),
+        ("--workdir={file}/run", "can't be written (Not a directory); expected a folder you may write to"),
+    ],
+)
+def test_what_no_stage_could_use_is_told_before_the_first(compare, tmp_path, source, monkeypatch, flag, said):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    line = compare(flag.format(file=source / "dataset.json"))
+    assert line.startswith("error: ")
+    assert said in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_takes_no_other_settings(compare, tmp_path):
+    first = ["--seeds=2", "--shares=1.0,0.5", "--finetune-flag=steps=2", "--overlap=0"]
+    assert compare(*first) == ""
+    before = tree(tmp_path / "run")
+    line = compare(*first, "--finetune-flag=steps=400", "--overlap=0.5", "--pretrain-flag=seed=1")
+    assert (
+        "found overlap 0.5 (was 0.0), pretrain.seed 1 (was 0), finetune.steps 400 (was 2); expected" in line
+    )
+    assert "seeds 1 (was 2)" in compare(*first, "--seeds=1")
+    assert "shares [1.0] (was [1.0, 0.5])" in compare(*first, "--shares=1.0")
+    assert tree(tmp_path / "run") == before
+    assert (
+        compare(*first, "--seeds=3", "--shares=0.5,0.25,1", "--jobs=2", "--finetune-flag=log.every=1") == ""
+    )
+    assert "seeds 2 (was 3)" in compare(*first)
+
+
+def test_a_workdir_of_a_version_that_kept_the_flags_alone(compare, tmp_path):
+    flag = "--finetune-flag=steps=2"
+    assert compare(flag) == ""
+    path = tmp_path / "run" / "settings.json"
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if "_settings" not in key}
+    path.write_text(json.dumps(kept))
+    assert "finetune_flag ['steps=3'] (was ['steps=2'])" in compare("--finetune-flag=steps=3")
+    assert compare(flag) == ""
+    path.write_text("[")
+    assert "settings.json is not readable" in compare(flag)
+
+
+def test_a_changed_config_file_is_another_comparison(compare, tmp_path):
+    config = tmp_path / "mine.py"
+    text = Path("configs/finetune.py").read_text()
+    config.write_text(text)
+    assert compare(f"--finetune={config}:demo") == ""
+    config.write_text(
+        text.replace("config.epochs, config.steps = 0, 100", "config.epochs, config.steps = 0, 101")
+    )
+    assert "found finetune.steps 101 (was 100)" in compare(f"--finetune={config}:demo")
+
+
+@pytest.mark.parametrize("settings", ["kept", "lost"])
+def test_another_source_spoils_no_workdir(compare, tmp_path, source, settings):
+    assert compare() == ""
+    if settings == "lost":
+        (tmp_path / "run" / "settings.json").unlink()
+    before = tree(tmp_path / "run")
+    line = compare(f"--source={shutil.copytree(source, tmp_path / 'other')}")
+    assert ("found source" if settings == "kept" else "expected a link to") in line
+    assert tree(tmp_path / "run") == before
+    next(path for path in before if path.is_symlink()).unlink()  # as if it had been killed there
+    assert compare() == ""
+    assert {path: tree(tmp_path / "run")[path] for path in before} == before
+
+
+def test_links_to_what_is_gone_are_told(compare, tmp_path, source):
+    assert compare() == ""
+    (tmp_path / "run" / "settings.json").unlink()
+    source.rename(tmp_path / "moved")
+    line = compare(f"--source={tmp_path / 'moved'}")
+    assert "expected a link to" in line
+    assert "or another --workdir" in line
+
+
+LAUNCHED = """
+import os, signal, sys, time
+print("started", flush=True)
+if {stays}:
+    signal.signal(signal.{sent}, lambda *_: (print("saved", flush=True), os._exit(75)))
+    open({ready!r}, "w").close()
+    time.sleep(600)
+sys.exit("no such thing")
+"""
+
+
+@pytest.fixture
+def stages(tmp_path, monkeypatch):
+    """Stages whose commands are small scripts: "stay" until a signal, "fail" at once."""
+    (tmp_path / "launch").mkdir()
+    for name, sent in (("stay", "SIGUSR1"), ("stay_term", "SIGTERM"), ("fail", "SIGTERM")):
+        text = LAUNCHED.format(stays=name != "fail", sent=sent, ready=str(tmp_path / "ready"))
+        (tmp_path / "launch" / f"{name}.py").write_text(text)
+    monkeypatch.setattr("mambamim_jax.bench.stages.ROOT", tmp_path)
+    return Stages(tmp_path / "run", jobs=2)
+
+
+def test_runs_are_spread_over_the_gpus_that_there_are(tmp_path, monkeypatch):
+    found = {}
+    for visible in ("", "4,5"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        slots = Stages(tmp_path, jobs=3, gpus=2).slots
+        found[visible] = [slots.get().environment(tmp_path)["CUDA_VISIBLE_DEVICES"] for _ in range(3)]
+    assert found == {"": ["0", "1", "0"], "4,5": ["4", "5", "4"]}
+
+
+def until_ready(tmp_path):
+    while not (tmp_path / "ready").exists():
+        pass
+
+
+def test_a_failed_stage_names_its_log_and_the_others_end(stages, tmp_path, monkeypatch):
+    def fail(*_):
+        until_ready(tmp_path)
+        stages.run("all", "fail", "--a=b c")
+
+    monkeypatch.setattr(starts, "pretrain", fail)
+
+    def stay(stages, run, *_):
+        if run.start == "scratch":
+            stages.run(run.name, "stay_term")
+
+    monkeypatch.setattr(starts, "finetune_and_score", stay)
+    options = SimpleNamespace(workdir=stages.workdir, seeds=1, shares=[1.0])
+    with pytest.raises(
+        StageError, match=r"fail of all ended with 1: no such thing \(see .*logs/all_fail.txt\)$"
+    ):
+        starts.run_all(stages, options, [])
+    logs = {path.name: path.read_text().split() for path in (stages.workdir / "logs").iterdir()}
+    assert logs == {
+        "all_fail.txt": ["started", "no", "such", "thing"],
+        "scratch_100_0_stay_term.txt": ["started", "saved"],
+    }
+    assert "python launch/fail.py '--a=b c'" in (stages.workdir / "commands.txt").read_text()
+
+
+def test_a_signal_ends_the_stages_which_save(stages, tmp_path, monkeypatch, capsys):
+    """Under a scheduler's SIGTERM, which may have reached the stages too, they get the other signal."""
+    monkeypatch.setattr(starts, "prepare", lambda options: None)
+    monkeypatch.setattr(starts, "Stages", lambda *_: stages)
+    monkeypatch.setattr(starts, "pretrain", lambda stages, options: stages.run("all", "stay"))
+
+    def terminate(stages, run, *_):
+        if run == starts.Run("scratch", 1.0, 0):
+            until_ready(tmp_path)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(starts, "finetune_and_score", terminate)
+    assert starts.main([f"--source={tmp_path}", f"--workdir={tmp_path / 'run'}"]) == 75
+    assert capsys.readouterr().err == "Ended by SIGTERM; the same command goes on\n"
+    assert (stages.workdir / "logs" / "all_stay.txt").read_text() == "started\nsaved\n"
+    with pytest.raises(StageError, match="was not started"):
+        stages.run("all", "stay")

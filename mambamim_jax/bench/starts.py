@@ -4,19 +4,20 @@
     scans → evaluate → a Markdown table
 
 Every stage is the command line that a user would give, written to WORKDIR/commands.txt; what is done is not done again.
+One workdir holds one comparison: more --seeds and --shares may be added to it, other settings are refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
+import signal
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,16 +26,20 @@ from typing import Any
 import numpy as np
 
 from mambamim_jax.bench.stages import StageError, Stages
-from mambamim_jax.checks import LineParser, whole
-from mambamim_jax.data.datasets import DatasetError, discover
-from mambamim_jax.data.labels import SPLITS, make_split
+from mambamim_jax.bench.starts_checks import find_config, prepare
+from mambamim_jax.checks import ConfigError, LineParser, overlap, whole
+from mambamim_jax.data.datasets import DatasetError
+from mambamim_jax.evaluate.label_files import write_text
 from mambamim_jax.evaluate.metrics import METRICS
 from mambamim_jax.evaluate.statistics import OVERALL, compare, summarise
 from mambamim_jax.paths import home
 from mambamim_jax.train.logs import METRICS as METRICS_FILE
 from mambamim_jax.train.logs import read_rows
+from mambamim_jax.train.signals import caught_signals, exit_code
 
 STARTS = ("scratch", "pretrained")
+POLL = 0.5
+"""Seconds between two looks for a signal."""
 
 
 @dataclass(frozen=True)
@@ -47,35 +52,16 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.start}_{round(100 * self.share)}_{self.seed}"
+        return f"{self.start}_{percent(self.share)}_{self.seed}"
 
     def evaluation(self, workdir: Path) -> Path:
         """Where its scores lie."""
         return workdir / "runs" / self.name / "evaluation"
 
 
-def link_sides(source: Path, folder: Path) -> None:
-    """Folders of links: ``train`` (scans), ``held_out`` (scans) and ``held_out_labels``, of the set's first fold.
-
-    Raises: DatasetError if the data set or its split cannot be used.
-    """
-    cases = {case.id: case for case in discover(source) if case.label is not None}
-    split = make_split(sorted(cases), source / SPLITS)
-    for side, ids in (("train", split.train), ("held_out", split.held_out)):
-        for name in ids:
-            for path in cases[name].images:
-                _link(path, folder / side / path.name)
-            if side == "held_out":
-                label = cases[name].label
-                assert label is not None
-                _link(label, folder / "held_out_labels" / label.name)
-    _link(source / "dataset.json", folder / "held_out_labels" / "dataset.json")
-
-
-def _link(path: Path, link: Path) -> None:
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.exists():
-        link.symlink_to(path.resolve())
+def percent(share: float) -> str:
+    """A share as the number of its per cent: 0.2 → "20", 0.998 → "99.8"."""
+    return f"{100 * share:g}"
 
 
 def pretrain(stages: Stages, options: argparse.Namespace) -> None:
@@ -100,8 +86,8 @@ def finetune_and_score(
     folder, data = workdir / "runs" / run.name, workdir / "data"
     if (run.evaluation(workdir) / "summary.json").is_file():
         return
-    for wait in before:
-        wait()
+    for awaited in before:
+        awaited()
     init = [f"--config.init={workdir / 'pretrain'}"] if run.start == "pretrained" else []
     flags = [f"--config.{flag}" for flag in options.finetune_flag]
     stages.run(
@@ -168,7 +154,7 @@ def table(workdir: Path, shares: Sequence[float], seeds: int) -> list[str]:
                 for start, some in runs.items()
             }
             cases = len({row["case"] for row in runs["scratch"][0]})
-            heading = f"{share:.0%} of the labels; {what} on {cases} held-out cases, {over}"
+            heading = f"{percent(share)}% of the labels; {what} on {cases} held-out cases, {over}"
             lines += ["", heading, "", *_body(kept)]
     return [*lines, "", f"Means over classes, {over}", "", *_others(scores)]
 
@@ -181,7 +167,7 @@ def _others(scores: Mapping[float, Mapping[str, Sequence[list[dict[str, Any]]]]]
         for start, some in runs.items():
             means = [summarise(rows)[OVERALL] for rows in some]
             cells = [_cell([mean[name]["mean"] for mean in means]) for name in names]
-            lines.append(f"| {share:.0%}, {start} | {' | '.join(cells)} |")
+            lines.append(f"| {percent(share)}%, {start} | {' | '.join(cells)} |")
     return lines
 
 
@@ -218,11 +204,64 @@ def _shares(text: str) -> list[float]:
         shares = []
     if not shares or not all(0 < share <= 1 for share in shares):
         raise argparse.ArgumentTypeError(f"found {text}, expected numbers in (0, 1] with commas between")
+    if len({percent(share) for share in shares}) < len(shares):
+        raise argparse.ArgumentTypeError(f"found {text}, expected every share once (up to six digits count)")
     return shares
 
 
 def main(argv: list[str]) -> int:
-    """Everything; 0, or 2 with one line on what is wrong."""
+    """Everything; 0, 2 with one line on what is wrong, or after a signal 75 (SIGTERM, SIGUSR1) or 130 (Ctrl-C)."""
+    options = _parser().parse_args(argv)
+    options.workdir = options.workdir.EXPAND().resolve()
+    options.source = options.source.EXPAND().resolve()
+    options.pretrain, options.finetune = find_config(options.pretrain), find_config(options.finetune)
+    try:
+        prepare(options)
+        stages = Stages(options.workdir, options.jobs, options.gpus)
+        with caught_signals() as caught:
+            run_all(stages, options, caught)
+        if caught:
+            print(f"Ended by {signal.Signals(caught[0]).name}; the same command goes on", file=sys.stderr)
+            return exit_code(caught[0])
+        lines = table(options.workdir, options.shares, options.seeds)
+        print("\n".join(lines))
+        write_text(options.workdir / "table.md", "\n".join(lines) + "\n")
+    except (ConfigError, DatasetError, StageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_all(stages: Stages, options: argparse.Namespace, caught: Sequence[int]) -> None:
+    """Pre-training, and every run after what it waits for; returns early when ``caught`` gets a signal.
+
+    Raises: StageError if one fails; the others have been ended then, so that the same command goes on from there.
+    """
+    pretraining = stages.pool.submit(pretrain, stages, options)
+    runs = [
+        Run(start, share, seed)
+        for start in STARTS
+        for seed in range(options.seeds)
+        for share in options.shares
+    ]
+    submit = lambda run, before: stages.pool.submit(finetune_and_score, stages, run, options, before)  # noqa: E731
+    first = submit(runs[0], ())
+    after = partial(compiled, options.workdir / "runs" / runs[0].name, first)
+    waits = {"scratch": (after,), "pretrained": (pretraining.result, after)}
+    waiting = {pretraining, first, *(submit(run, waits[run.start]) for run in runs[1:])}
+    try:
+        while waiting and not caught:
+            done, waiting = wait(waiting, POLL, FIRST_COMPLETED)
+            for job in done:
+                job.result()
+    except StageError:
+        if not caught:  # else it is the signal that has ended the stage
+            raise
+    finally:
+        stages.end(caught[0] if caught else 0)
+
+
+def _parser() -> LineParser:
     description, _, usage = (__doc__ or "").partition("\n\n")
     formatter = argparse.RawDescriptionHelpFormatter
     parser = LineParser(
@@ -234,7 +273,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--finetune", default="configs/finetune.py:openkbp_cpu", help="config")
     parser.add_argument("--seeds", type=whole(1), default=3)
     parser.add_argument("--shares", type=_shares, default="1.0,0.2", help="of the labels, each in (0, 1]")
-    parser.add_argument("--overlap", type=float, default=0.5, help="of windows in prediction")
+    parser.add_argument("--overlap", type=overlap, default=0.5, help="of windows in prediction, in [0, 1)")
     parser.add_argument(
         "--jobs", type=whole(1), default=1, help="runs at a time, each on its part of the cores"
     )
@@ -247,32 +286,4 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--finetune-flag", action="append", default=[], metavar="KEY=VALUE", help="of its config"
     )
-    options = parser.parse_args(argv)
-    options.workdir = home(options.workdir).resolve()
-    options.source = home(options.source).resolve()
-    stages = Stages(options.workdir, options.jobs, options.gpus)
-    try:
-        link_sides(options.source, options.workdir / "data")
-        pretraining = stages.pool.submit(pretrain, stages, options)
-        runs = [
-            Run(start, share, seed)
-            for start in STARTS
-            for seed in range(options.seeds)
-            for share in options.shares
-        ]
-        submit = lambda run, before: stages.pool.submit(finetune_and_score, stages, run, options, before)  # noqa: E731
-        first = submit(runs[0], ())
-        after = partial(compiled, options.workdir / "runs" / runs[0].name, first)
-        waits = {"scratch": (after,), "pretrained": (pretraining.result, after)}
-        work = [submit(run, waits[run.start]) for run in runs[1:]]
-        for job in (pretraining, first, *work):
-            job.result()
-    except (DatasetError, StageError) as error:
-        stages.pool.shutdown(wait=False, cancel_futures=True)
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    lines = table(options.workdir, options.shares, options.seeds)
-    print("\n".join(lines))
-    (options.workdir / "table.md").write_text("\n".join(lines) + "\n")
-    (options.workdir / "settings.json").write_text(json.dumps(vars(options), indent=1, default=str) + "\n")
-    return 0
+    return parser
