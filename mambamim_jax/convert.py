@@ -29,6 +29,10 @@ from mambamim_jax.official_sizes import ConversionError, Sizes, sizes_of_officia
 from mambamim_jax.types import NumpyArray, Tree
 
 Flat = dict[str, Any]
+SHOWN = 5
+"""Misfits of a kind that a report names."""
+OWN = ("params/", "batch_stats/")
+"""What the names in our files begin with."""
 
 
 @dataclasses.dataclass
@@ -75,7 +79,7 @@ class LoadReport:
         return ", ".join(parts)
 
     def __str__(self) -> str:
-        """A table, misfits by name below it."""
+        """A table; the first misfits of each kind by name below it."""
         lines = [("", "arrays", "numbers")]
         groups = {"matched": list(self.matched), "missing": self.missing, "unexpected": self.unexpected}
         groups["wrong shape"] = list(self.wrong_shape)
@@ -87,10 +91,16 @@ class LoadReport:
             lines.append((title, str(len(names)), f"{numbers:,}" if numbers else "-"))
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         body = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in lines]
-        details = [f"missing      {name}" for name in self.missing]
-        details += [f"unexpected   {name}" for name in self.unexpected]
-        details += [f"wrong shape  {n}: found {a}, expected {b}" for n, (a, b) in self.wrong_shape.items()]
+        wrong = [f"{name}: found {a}, expected {b}" for name, (a, b) in self.wrong_shape.items()]
+        misfits = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": wrong}
+        details = [f"{kind:<11}  {name}" for kind, some in misfits.items() for name in _first(some)]
         return "\n".join([f"official {self.task} weights", *body, *details])
+
+
+def _first(names: list[str]) -> list[str]:
+    """The first few, and how many more there are."""
+    more = len(names) - SHOWN
+    return names if more <= 0 else [*names[:SHOWN], f"… and {more} more"]
 
 
 class Weights(NamedTuple):
@@ -212,6 +222,11 @@ def unwrap(state_dict: Mapping[str, Any]) -> Flat:
         found = ", ".join(map(str, list(state_dict)[:5])) or "nothing"
         raise ConversionError(
             f"no arrays in the state dict: found {found}; expected official names, mae.pos_embed …"
+        )
+    if all(name.startswith(OWN) for name in arrays):
+        found = f"{len(arrays)} arrays of ours (first {next(iter(arrays))})"
+        raise ConversionError(
+            f"found {found}; expected official names, mae.pos_embed … (ours: --to=official)"
         )
     return arrays
 

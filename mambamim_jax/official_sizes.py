@@ -10,6 +10,10 @@ from typing import Any
 
 from mambamim_jax.types import Size3
 
+PATCH = 16
+LARGEST = 1024
+"""Voxels a side up to which a position embedding, with a row for each of 64³ patches then, is made."""
+
 
 class ConversionError(ValueError):
     """Weights that do not fit, in one line."""
@@ -141,7 +145,7 @@ def with_config(sizes: Sizes, config: Any) -> Sizes:
     try:
         if "size" in given:
             sides = given["size"] if isinstance(given["size"], (list, tuple)) else [given["size"]] * 3
-            given["grid"] = tuple(int(side) // 16 for side in sides)
+            given["grid"] = tuple(_patches(side) for side in sides)
         for name in ("depths", "expansion"):
             if name in given:
                 given[name] = tuple(given[name])[-4:]
@@ -150,8 +154,21 @@ def with_config(sizes: Sizes, config: Any) -> Sizes:
             k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in known
         }
         return dataclasses.replace(sizes, **chosen)
+    except ConversionError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConversionError(f"config: {error}; expected sizes such as channels, depths, size") from None
+
+
+def _patches(side: Any) -> int:
+    """Patches along a side of a crop.
+
+    Raises: ConversionError for a side that the official network cannot have.
+    """
+    if side % PATCH or not PATCH <= side <= LARGEST:
+        expected = f"voxels a side, divisible by {PATCH}, from {PATCH} to {LARGEST}, such as 96"
+        raise ConversionError(f"size: found {side}, expected {expected}")
+    return int(side) // PATCH
 
 
 def _from_settings(config: Any) -> dict[str, Any]:

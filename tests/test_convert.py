@@ -145,6 +145,16 @@ def test_wrappings_are_seen_through(wrapper):
     assert_equal(flatten(from_official(wrapped).params), flatten(from_official(official).params))
 
 
+def test_a_report_names_a_few_misfits_of_each_kind():
+    official = {f"other.{name}": array for name, array in golden("pretrain_paper")[0].items()}
+    report = from_official(official, strict=False).report
+    lines = str(report).splitlines()
+    for kind, names in (("missing", report.missing), ("unexpected", report.unexpected)):
+        shown = [line for line in lines if line.startswith(f"{kind} ") and len(line.split()) == 2]
+        assert [line.split()[1] for line in shown] == names[:5]
+        assert any(line.split() == [kind, "…", "and", str(len(names) - 5), "more"] for line in lines)
+
+
 @pytest.mark.parametrize("kind", ["missing", "unexpected", "wrong shape"])
 def test_misfits_fail_in_one_line(kind):
     official, _ = golden("pretrain_paper")
@@ -261,6 +271,31 @@ def test_launch_script_fails_with_one_line(tmp_path, capsys):
         read_arrays(tmp_path / "damaged.npz")
     with pytest.raises(WeightFileError, match=r"expected one of .npz"):
         read_arrays(tmp_path / "weights.h5")
+
+
+def test_what_is_ours_already_is_told_in_one_line(tmp_path, capsys):
+    write_arrays(tmp_path / "in.npz", golden("segment")[0])
+    assert launcher()(["--to=ours", str(tmp_path / "in.npz"), str(tmp_path / "ours.npz")]) == 0
+    capsys.readouterr()
+    assert launcher()(["--to=ours", str(tmp_path / "ours.npz"), str(tmp_path / "again.npz")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "arrays of ours (first params/" in printed.err
+    assert printed.err.count("\n") == 1
+    assert not (tmp_path / "again.npz").exists()
+
+
+@pytest.mark.parametrize("size", ["-5", "0", "17", "8", "1040"])
+def test_sizes_that_the_official_network_cannot_have(size, tmp_path, capsys):
+    weights = from_official(golden("segment")[0])
+    write_arrays(tmp_path / "ours.npz", flatten({"params": weights.params}))
+    arguments = ["--to=official", f"--size={size}", str(tmp_path / "ours.npz"), str(tmp_path / "out.npz")]
+    assert launcher()(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"error: size: found {size}, expected voxels a side, divisible by 16, from 16 to 1024"
+    )
+    assert not (tmp_path / "out.npz").exists()
 
 
 def test_torch_files_cannot_run_code(tmp_path):
