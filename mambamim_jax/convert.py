@@ -124,7 +124,7 @@ def from_official(state_dict: Mapping[str, Any], config: Any = None, *, strict: 
       strict: whether misfits raise; otherwise what does not fit is left out.
 
     Raises:
-      ConversionError: one line; its ``report`` names everything.
+      ConversionError: one line; its ``report`` names everything. Also where nothing fits, whatever ``strict``.
     """
     theirs = unwrap(state_dict)
     sizes = with_config(sizes_of_official(theirs), config)
@@ -145,7 +145,7 @@ def from_official(state_dict: Mapping[str, Any], config: Any = None, *, strict: 
     taken = {row.ours for row in table.values()}
     report.ours_alone = [path for path in shapes if path not in taken]
     values |= {path: np.zeros(shapes[path].shape, np.float32) for path in report.ours_alone}
-    if strict and not report.ok:
+    if not report.matched or (strict and not report.ok):
         raise ConversionError(f"official {sizes.task} weights: {report.problem}", report)
     return Weights(_fill(params, values), _fill(stats, values), report)
 
@@ -164,6 +164,7 @@ def to_official(params: Tree, batch_stats: Tree | None = None, config: Any = Non
     """
     ours = {path: np.asarray(leaf) for path, leaf in (flatten(params) | flatten(batch_stats or {})).items()}
     sizes = with_config(sizes_of_ours(ours), config)
+    _check_shapes(ours, sizes)
     result = {}
     for row in rows(sizes):
         if row.unused:
@@ -183,6 +184,15 @@ def to_official(params: Tree, batch_stats: Tree | None = None, config: Any = Non
         found = f"{len(left)} arrays without an official name (first {left[0]})"
         raise ConversionError(f"our {sizes.task} weights: {found}")
     return result
+
+
+def _check_shapes(ours: Flat, sizes: Sizes) -> None:
+    """Raises ConversionError if an array has another shape than in our network of these sizes."""
+    shapes = {path: a.shape for tree in abstract_trees(sizes) for path, a in flatten(tree).items()}
+    wrong = [path for path, array in ours.items() if path in shapes and array.shape != shapes[path]]
+    if wrong:
+        first = f"first {wrong[0]}: found {ours[wrong[0]].shape}, expected {shapes[wrong[0]]}"
+        raise ConversionError(f"our {sizes.task} weights: {len(wrong)} of a wrong shape ({first})")
 
 
 def _take(row: Row, tensor: Any, shape: tuple[int, ...], values: Flat, report: LoadReport) -> None:

@@ -101,13 +101,19 @@ def sizes_of_ours(arrays: Mapping[str, Any]) -> Sizes:
         task = "segment"
     prefix = "" if task == "encoder" else "encoder/"
     try:
-        stem = arrays[f"{prefix}stem/kernel"].shape
-        expand = [arrays[f"{prefix}stages/{n}/0/expand/kernel"].shape for n in range(4)]
-        state = arrays[f"{prefix}mamba/layers/0/mamba/A_log"].shape[1]
+        return _sizes_of_ours(arrays, task, prefix)
     except KeyError as error:
         found = ", ".join(list(arrays)[:3]) or "nothing"
         expected = f"expected a HyMamba network with {error.args[0]}; no other has an official form"
         raise ConversionError(f"our weights: found {found}…, {expected}") from None
+    except (IndexError, ZeroDivisionError) as error:
+        found = f"arrays that no HyMamba network has the shapes of ({error})"
+        raise ConversionError(f"our weights: found {found}; no other has an official form") from None
+
+
+def _sizes_of_ours(arrays: Mapping[str, Any], task: str, prefix: str) -> Sizes:
+    stem = arrays[f"{prefix}stem/kernel"].shape
+    expand = [arrays[f"{prefix}stages/{n}/0/expand/kernel"].shape for n in range(4)]
     transition = getattr(arrays.get("transition"), "ndim", 0)
     return Sizes(
         task,
@@ -116,7 +122,7 @@ def sizes_of_ours(arrays: Mapping[str, Any]) -> Sizes:
         depths=tuple(_count(arrays, rf"{prefix}stages/{n}") for n in range(4)),
         expansion=tuple(shape[1] // shape[0] for shape in expand),
         mamba_depth=_count(arrays, f"{prefix}mamba/layers"),
-        state=state,
+        state=arrays[f"{prefix}mamba/layers/0/mamba/A_log"].shape[1],
         decoder_width=arrays["decoder/upsample/0/kernel"].shape[3] if task == "pretrain" else 768,
         filler=("linear", "learned_token", "toki")[transition],
         classes=arrays["classify/kernel"].shape[1] if task == "segment" else 14,

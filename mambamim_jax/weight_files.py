@@ -106,13 +106,20 @@ def write_arrays(path: str | Path, arrays: Mapping[str, NumpyArray]) -> None:
 
 
 def nest(arrays: Mapping[str, NumpyArray]) -> dict[str, Any]:
-    """{"a/0/b": array} → {"a": {0: {"b": array}}}: names that are numbers are places in a list."""
+    """{"a/0/b": array} → {"a": {0: {"b": array}}}: names that are numbers are places in a list.
+
+    Raises: WeightFileError where one name goes on from another, such as "a" and "a/0".
+    """
     tree: dict[Any, Any] = {}
     for name, array in arrays.items():
         *parents, leaf = [int(part) if part.isdigit() else part for part in name.split("/")]
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise WeightFileError(
+                    f"{name}: found an array of the name before {leaf}, too; expected one of them"
+                )
         node[leaf] = array
     return tree
 

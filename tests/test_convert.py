@@ -147,7 +147,9 @@ def test_wrappings_are_seen_through(wrapper):
 
 def test_a_report_names_a_few_misfits_of_each_kind():
     official = {f"other.{name}": array for name, array in golden("pretrain_paper")[0].items()}
-    report = from_official(official, strict=False).report
+    with pytest.raises(ConversionError, match="missing") as caught:
+        from_official(official, strict=False)  # of which nothing fits
+    report = caught.value.report
     lines = str(report).splitlines()
     for kind, names in (("missing", report.missing), ("unexpected", report.unexpected)):
         shown = [line for line in lines if line.startswith(f"{kind} ") and len(line.split()) == 2]
@@ -295,6 +297,32 @@ def test_sizes_that_the_official_network_cannot_have(size, tmp_path, capsys):
     assert line.startswith(
         f"error: size: found {size}, expected voxels a side, divisible by 16, from 16 to 1024"
     )
+    assert not (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        (
+            "params/encoder/stem/kernel",
+            (3,),
+            "our weights: found arrays that no HyMamba network has the shapes of",
+        ),
+        (
+            "params/classify/bias",
+            (99,),
+            "our segment weights: 1 of a wrong shape (first classify/bias: found (99,)",
+        ),
+        ("params/classify/bias/x", (1,), "params/classify/bias/x: found an array of the name before x, too"),
+    ],
+)
+def test_our_arrays_of_a_wrong_shape_are_refused(name, shape, said, tmp_path, capsys):
+    weights = from_official(golden("segment")[0])
+    arrays = flatten({"params": weights.params}) | {name: np.zeros(shape, np.float32)}
+    write_arrays(tmp_path / "ours.npz", arrays)
+    assert launcher()(["--to=official", str(tmp_path / "ours.npz"), str(tmp_path / "out.npz")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
     assert not (tmp_path / "out.npz").exists()
 
 
