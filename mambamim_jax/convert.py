@@ -243,7 +243,10 @@ def unwrap(state_dict: Mapping[str, Any]) -> Flat:
 
 @functools.lru_cache(maxsize=8)
 def abstract_trees(sizes: Sizes) -> tuple[Tree, Tree]:
-    """Parameters and batch statistics of our network at these sizes, as shapes and dtypes only."""
+    """Parameters and batch statistics of our network at these sizes, as shapes and dtypes only.
+
+    Raises: ConversionError if it cannot have them.
+    """
 
     def build() -> nnx.Module:
         rngs = Rngs(0)
@@ -268,7 +271,10 @@ def abstract_trees(sizes: Sizes) -> tuple[Tree, Tree]:
             rngs=rngs,
         )
 
-    state = nnx.state(nnx.eval_shape(build))
+    try:
+        state = nnx.state(nnx.eval_shape(build))
+    except ValueError as error:
+        raise ConversionError(f"{sizes.task} weights: no network has their sizes ({error})") from None
     params, stats = (nnx.to_pure_dict(nnx.filter_state(state, kind)) for kind in (nnx.Param, nnx.BatchStat))
     return params, stats
 

@@ -66,7 +66,7 @@ def sizes_of_official(arrays: Mapping[str, Any]) -> Sizes:
 
     def size(name: str, axis: int, otherwise: int) -> int:
         shape = arrays[name].shape if name in arrays else ()
-        return int(shape[axis]) if axis < len(shape) else otherwise
+        return int(shape[axis]) or otherwise if axis < len(shape) else otherwise
 
     embeddings = f"{prefix}embeddings."
     names = ("stem", "expend1", "expend2", "expend3", "expend4")
@@ -130,9 +130,9 @@ def _sizes_of_ours(arrays: Mapping[str, Any], task: str, prefix: str) -> Sizes:
 
 
 def _count(arrays: Mapping[str, Any], prefix: str) -> int:
-    """How many numbered members a list has."""
+    """How many numbered members a list has, which are no more than there are arrays."""
     found = (re.match(rf"{prefix}[./](\d+)[./]", name) for name in arrays)
-    return 1 + max((int(match.group(1)) for match in found if match), default=-1)
+    return min(1 + max((int(match.group(1)) for match in found if match), default=-1), len(arrays))
 
 
 def with_config(sizes: Sizes, config: Any) -> Sizes:

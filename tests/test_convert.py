@@ -176,6 +176,18 @@ def test_misfits_fail_in_one_line(kind):
     assert ("kernel" in partial.params["encoder"]["expand"][1]) == (kind == "unexpected")
 
 
+@pytest.mark.parametrize(
+    "name", ["sparse_encoder.embeddings.stem.weight", "sparse_encoder.mae.blocks.100000.x"]
+)
+def test_sizes_that_no_network_has_are_misfits(name):
+    official = golden("pretrain_paper")[0] | {name: np.zeros((0, 1, 3, 3, 3), np.float32)}
+    sizes = sizes_of_official(official)
+    assert sizes.channels[0] > 0
+    assert sizes.mamba_depth <= len(official)
+    with pytest.raises(ConversionError, match="no network has their sizes .decoder_width: found 3"):
+        from_official(golden("pretrain_paper")[0], {"decoder_width": 3})
+
+
 def test_sizes_given_are_insisted_on():
     official, config = golden("pretrain_paper")
     with pytest.raises(ConversionError, match=r"of a wrong shape .*expected \(96, 24"):
