@@ -21,6 +21,7 @@ from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.bench.tables import print_table
 from mambamim_jax.bench.torch_baseline import checkout
 from mambamim_jax.checks import LineParser, overlap, whole, whole_numbers
+from mambamim_jax.settings import STRIDE
 from mambamim_jax.types import NumpyArray, Size3
 
 HERE = "mambamim_jax.bench.predict"
@@ -169,7 +170,10 @@ def write_weights(path: Path, size: str, classes: int, window: int) -> dict[str,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 0, or 1 where a side failed."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.window % STRIDE:
+        parser.error(f"argument --window: found {options.window}, expected voxels divisible by {STRIDE}")
     how = {
         "volume": options.volume,
         "window": options.window,
