@@ -73,8 +73,8 @@ def overlap(text: str) -> float:
         found = float(text)
     except ValueError:
         found = -1.0
-    if not 0 <= found < 1:
-        raise argparse.ArgumentTypeError(f"found {text}, expected a share in [0, 1)")
+    if not 0 <= found <= MOST_OVERLAP:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a share from 0 to {MOST_OVERLAP}")
     return found
 
 

@@ -158,7 +158,7 @@ def test_scan_checks_its_arguments_before_any_work(argument, said, capsys):
         (toki, "--threads=-1", "--threads: found -1, expected a whole number, at least 0"),
         (toki, "--active=217", "--active: found 217, expected at most 216"),
         (predict, "--window=17", "--window: found 17, expected voxels divisible by 16"),
-        (predict, "--overlap=1", "--overlap: found 1, expected a share in [0, 1)"),
+        (predict, "--overlap=1", "--overlap: found 1, expected a share from 0 to 0.9"),
         (predict, "--volume=9,9", "--volume: found 9,9, expected 3 whole numbers separated by commas"),
     ],
 )

@@ -88,8 +88,8 @@ def test_the_other_metrics(workdir):
         ("--shares=1.0,20", "found 1.0,20, expected numbers in (0, 1]"),
         ("--shares=", "found , expected numbers in (0, 1]"),
         ("--shares=1.0,0.99999999", "expected every share once"),
-        ("--overlap=1", "found 1, expected a share in [0, 1)"),
-        ("--overlap=nan", "found nan, expected a share in [0, 1)"),
+        ("--overlap=1", "found 1, expected a share from 0 to 0.9"),
+        ("--overlap=nan", "found nan, expected a share from 0 to 0.9"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(argument, expected, tmp_path, capsys):

@@ -212,8 +212,8 @@ def _shares(text: str) -> list[float]:
 def main(argv: list[str]) -> int:
     """Everything; 0, 2 with one line on what is wrong, or after a signal 75 (SIGTERM, SIGUSR1) or 130 (Ctrl-C)."""
     options = _parser().parse_args(argv)
-    options.workdir = options.workdir.EXPAND().resolve()
-    options.source = options.source.EXPAND().resolve()
+    options.workdir = home(options.workdir).resolve()
+    options.source = home(options.source).resolve()
     options.pretrain, options.finetune = find_config(options.pretrain), find_config(options.finetune)
     try:
         prepare(options)
@@ -273,7 +273,7 @@ def _parser() -> LineParser:
     parser.add_argument("--finetune", default="configs/finetune.py:openkbp_cpu", help="config")
     parser.add_argument("--seeds", type=whole(1), default=3)
     parser.add_argument("--shares", type=_shares, default="1.0,0.2", help="of the labels, each in (0, 1]")
-    parser.add_argument("--overlap", type=overlap, default=0.5, help="of windows in prediction, in [0, 1)")
+    parser.add_argument("--overlap", type=overlap, default=0.5, help="of windows in prediction, 0 to 0.9")
     parser.add_argument(
         "--jobs", type=whole(1), default=1, help="runs at a time, each on its part of the cores"
     )

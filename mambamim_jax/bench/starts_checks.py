@@ -16,6 +16,7 @@ from mambamim_jax.config import parse_command_line
 from mambamim_jax.data.datasets import DatasetError, discover
 from mambamim_jax.data.labels import SPLITS, LabelTable, make_split
 from mambamim_jax.evaluate.label_files import write_text
+from mambamim_jax.paths import home
 from mambamim_jax.settings import PretrainConfig, RunConfig, flat
 from mambamim_jax.settings_finetune import FinetuneConfig, FinetuneDataConfig
 from mambamim_jax.train.labelled_data import check_case, read_labels
@@ -69,7 +70,7 @@ def prepare(options: argparse.Namespace) -> None:
 def find_config(spec: str) -> str:
     """FILE[:PRESET], the file being looked for here and then beside ``launch``."""
     file, colon, preset = spec.partition(":")
-    here, ours = Path(file).EXPAND(), ROOT / file
+    here, ours = home(file), ROOT / file
     return f"{ours}{colon}{preset}" if ours.is_file() and not here.is_file() else spec
 
 
@@ -154,7 +155,7 @@ def links_of(source: Path, data: FinetuneDataConfig, table: LabelTable) -> dict[
     """
     cases = {case.id: case for case in discover(source, data.format) if case.label is not None}
     # Never a random split, which would be another one for every seed.
-    split = make_split(sorted(cases), Path(data.splits or source / SPLITS).EXPAND(), fold=data.fold)
+    split = make_split(sorted(cases), home(data.splits or source / SPLITS), fold=data.fold)
     pairs = [("held_out_labels/dataset.json", source / "dataset.json")]
     for side, ids in (("train", split.train), ("held_out", split.held_out)):
         for case in (cases[name] for name in ids):
