@@ -19,6 +19,8 @@ from mambamim_jax.paths import PathError
 
 GONE = (errno.EPIPE, errno.EIO)
 """Errors of a pipe that nobody reads any more, and of a terminal that has been closed."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk without room."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as a shell has it."""
 CONTINUE = "run the same command again to continue"
@@ -29,8 +31,9 @@ def run(main: Callable[[list[str]], int], again: str = START_OVER) -> NoReturn:
     """Ends the process with the exit code of main(arguments).
 
     Characters that the output's encoding lacks are printed as "?". Where the reader of the output goes away
-    (``| head``), the work goes on without printing and keeps its exit code. Ctrl-C is one line and exit code 130, a
-    package that is missing or a ``PathError`` one line and exit code 2: main imports what is not Python's own.
+    (``| head``) or its disk is full, the work goes on without printing and keeps its exit code. Ctrl-C is one line and
+    exit code 130, a package that is missing or a ``PathError`` one line and exit code 2: main imports what is not
+    Python's own.
 
     Args:
       main: arguments → exit code. again: what to do after Ctrl-C.
@@ -89,13 +92,20 @@ def _lasting(stream: Any) -> Any:
 
 
 class _Output(io.FileIO):
-    """A file of the system that takes everything, also when nobody reads it any more."""
+    """A file of the system that takes everything, also when nobody reads it any more or its disk is full."""
+
+    said = False
 
     def write(self, data: Any) -> int:
-        """As ``io.FileIO``; where standard output has lost its reader, the error output says so, once."""
+        """As ``io.FileIO``; what finds no room is lost. Of standard output the error output says either, once."""
         try:
             return super().write(data)
         except OSError as error:
+            if error.errno in FULL:
+                if self.fileno() == 1 and not self.said:
+                    self.said = True
+                    print("no room for the output; going on, some of its lines are lost", file=sys.stderr)
+                return memoryview(data).nbytes
             if error.errno not in GONE:
                 raise
         nowhere = os.open(os.devnull, os.O_WRONLY)

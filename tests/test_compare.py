@@ -235,9 +235,22 @@ def test_a_workdir_of_a_version_that_kept_the_flags_alone(compare, tmp_path):
     kept = {key: value for key, value in json.loads(path.read_text()).items() if "_settings" not in key}
     path.write_text(json.dumps(kept))
     assert "finetune_flag ['steps=3'] (was ['steps=2'])" in compare("--finetune-flag=steps=3")
+    kept["finetune"] = "configs/finetune.py:" + kept["finetune"].rpartition(":")[2]  # as it was given
+    path.write_text(json.dumps(kept))
     assert compare(flag) == ""
     path.write_text("[")
     assert "settings.json is not readable" in compare(flag)
+
+
+def test_a_key_that_a_version_did_not_have_is_at_its_default(compare, tmp_path):
+    assert compare() == ""
+    path = tmp_path / "run" / "settings.json"
+    before = json.loads(path.read_text())
+    assert before["finetune_settings"].pop("ema") == 0.0
+    before["pretrain_settings"]["of_old"] = 1
+    path.write_text(json.dumps(before))
+    assert "finetune.ema 0.5 (was 0.0)" in compare("--finetune-flag=ema=0.5")
+    assert compare() == ""
 
 
 def test_a_changed_config_file_is_another_comparison(compare, tmp_path):

@@ -73,6 +73,19 @@ def test_work_goes_on_without_a_reader(tmp_path, unbuffered):
     assert process.wait() == 3
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_work_goes_on_where_its_output_finds_no_room(tmp_path, unbuffered):
+    environment = {"DONE": str(tmp_path / "done"), "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        process = start(WORK, stdout=full, env=environment)
+        said = "no room for the output; going on, some of its lines are lost\n"
+        assert process.communicate()[1] == said
+        assert process.returncode == 3
+        assert start(WORK, stdout=full, stderr=full, env=environment).wait() == 3
+    assert (tmp_path / "done").exists()
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     process = start(
         'print("first")\nsys.stdin.read()\nprint()', stdin=subprocess.PIPE, env={"PYTHONUNBUFFERED": "1"}

@@ -131,16 +131,17 @@ def _check_settings(workdir: Path, settings: Mapping[str, Any]) -> None:
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs, but for --jobs, --gpus, further seeds and further shares."""
     pairs = {key: (before[key], now[key]) for key in ("source", "overlap")}
-    for script in ("pretrain", "finetune"):
+    kinds: Mapping[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+    for script, kind in kinds.items():
         old = before.get(f"{script}_settings")
         if old is None:  # of a version that kept the flags alone
-            pairs |= {key: (before[key], now[key]) for key in (script, f"{script}_flag")}
+            pairs[script] = find_config(before[script]), now[script]
+            pairs[f"{script}_flag"] = before[f"{script}_flag"], now[f"{script}_flag"]
         else:
             new = now[f"{script}_settings"]
-            keys = [
-                key for key in {**old, **new} if not any(f"{key}.".startswith(f"{name}.") for name in FREE)
-            ]
-            pairs |= {f"{script}.{key}": (old.get(key), new.get(key)) for key in keys}
+            default = json.loads(json.dumps(flat(kind()), default=str))  # for keys of later versions
+            keys = [key for key in new if not any(f"{key}.".startswith(f"{name}.") for name in FREE)]
+            pairs |= {f"{script}.{key}": (old.get(key, default.get(key)), new[key]) for key in keys}
     if now["seeds"] < before["seeds"]:
         pairs["seeds"] = before["seeds"], now["seeds"]
     if not {*before["shares"]} <= {*now["shares"]}:

@@ -19,6 +19,10 @@ LABEL_MARKS = ("_label", "_labels", "_seg")
 """In a plain folder ``x_label.nii.gz`` beside ``x.nii.gz`` is its label map."""
 
 
+REPAIRED = "lost+found"
+"""A folder of the file system's own, for its administrator alone."""
+
+
 class DatasetError(ValueError):
     """A data set that can't be found or understood; the message is one line."""
 
@@ -232,7 +236,9 @@ def _below(source: Path) -> Iterator[Path]:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             raise DatasetError(f"{folder}: can't be read ({error.strerror})") from None
-        for entry in (entry for entry in entries if not entry.name.startswith(".")):
+        for entry in (
+            entry for entry in entries if not entry.name.startswith(".") and entry.name != REPAIRED
+        ):
             path = folder / entry.name
             if path.is_dir() if entry.is_symlink() else entry.is_dir():
                 (links if entry.is_symlink() else folders).append(path)

@@ -105,7 +105,7 @@ def label_values(value: Any) -> tuple[int, ...]:
     Raises: ValueError for what is no whole number, and for a list of none.
     """
     found = value if isinstance(value, list) else [value]
-    if not found or not all(str(v).removesuffix(".0").isdecimal() for v in found):
+    if not found or not all(str(v).removesuffix(".0").removeprefix("-").isdecimal() for v in found):
         raise ValueError(f"value {value!r}, expected a whole number or a list of them")
     return tuple(int(float(v)) for v in found)
 

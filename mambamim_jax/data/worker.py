@@ -84,6 +84,8 @@ def _serve(
         if process is None or process.poll() is not None:
             process = _start()
         running.add(process)
+        if stop.is_set():  # what ends all that runs may have come before
+            process.terminate()
         answer = _ask(process, job)
         running.discard(process)
         if answer is None:

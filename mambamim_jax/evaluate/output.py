@@ -63,6 +63,9 @@ class Output:
         elif blocked:
             names = ", ".join(blocked[:3]) + (" …" if len(blocked) > 3 else "")
             found = f"{len(blocked)} of the cases there were made in another way ({names})"
+            if not (self.folder / RECORD).exists():
+                found = f"{len(blocked)} of the cases are there ({names}), and no {RECORD} says how they were made"
+                raise InputError(f"{self.folder}: {found}; {ADVICE}")
             raise InputError(f"{self.folder / RECORD}: {found}; {ADVICE}")
         for case in cases:
             for target in (self.labels_of(case), self.probabilities_of(case)):
@@ -120,7 +123,7 @@ class Output:
 
 
 def made_otherwise(folder: Path) -> list[str]:
-    """Cases that the record of a folder, if it has one, says were not made with the settings of the others."""
+    """Cases that the record of a folder, if it has one, says may not have been made with the settings of the others."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         groups = [record.get(UNFINISHED, ()), *(group[CASES] for group in record.get(EARLIER, ()))]

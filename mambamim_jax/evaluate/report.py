@@ -114,7 +114,7 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     if others := summary["made_otherwise"]:
         found += [
             "",
-            f"note: {len(others)} of these predictions were made with other settings than the rest, as "
+            f"note: {len(others)} of these predictions may have been made with other settings than the rest, as "
             f"predictions.json says (first {others[0]})",
         ]
     return found

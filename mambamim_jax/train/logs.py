@@ -168,7 +168,7 @@ class RunLog:
         self.validation = RowFile(workdir / "validation.jsonl", step, self.failed) if validated else None
         register_writer_factory(EVENTS, EventFiles(self.failed))
         board = f"{EVENTS}:{workdir / 'tensorboard'}"
-        self.board = SummaryWriter(board, purge_step=step + 1 if step else None)
+        self.board = SummaryWriter(board, purge_step=step + 1)
 
     def failed(self, path: Path, error: OSError) -> None:
         """Says, once a run, that something cannot be written."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -76,6 +77,22 @@ def test_folder(tmp_path):
     assert cases[0].label == tmp_path / "a_label.nii.gz"
     touch(tmp_path / "a_seg.nii.gz")
     assert "both a_label.nii.gz and a_seg.nii.gz are labels of a.nii.gz; keep one" in refused(tmp_path)
+
+
+def test_a_file_system_own_folder_is_passed_over(tmp_path, monkeypatch):
+    touch(tmp_path / "a.nii")
+    (tmp_path / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name in ("lost+found", "mine"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [case.id for case in datasets.discover(tmp_path)] == ["a"]
+    (tmp_path / "mine").mkdir()
+    assert "mine: can't be read (Permission denied)" in refused(tmp_path)
 
 
 def test_links_to_folders_are_followed_once(tmp_path):

@@ -137,7 +137,7 @@ def test_older_probabilities_do_not_stay_beside_a_new_label_map(tmp_path):
 
 def test_label_maps_without_a_record_are_nobodys(tmp_path):
     (tmp_path / "a.nii.gz").write_text("by hand")
-    with pytest.raises(InputError, match=r"1 of the cases there were made in another way \(a\)"):
+    with pytest.raises(InputError, match=r"1 of the cases are there \(a\), and no predictions.json says"):
         run(tmp_path, ONE, "ab")
     assert not (tmp_path / RECORD).exists()
     assert run(tmp_path, ONE, "b") == ["b"]
