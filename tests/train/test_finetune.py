@@ -235,7 +235,7 @@ def spoilt(phantoms, folder, how):
             "config.freeze: no part 'encode'; expected a path that begins with one of aux, classify, ",
         ),
         ("freeze all", "which is all of it; expected a part of the network that is left to be trained"),
-        ("scan", "config.model.scan: found 'pallas_triton', but found platform cpu, expected an NVIDIA GPU"),
+        ("scan", "config.model.scan: found 'pallas_triton', which does not run here (found platform cpu"),
         ("source", "config.data.source: found a store at"),
         ("several", "expected one data set"),
     ],
