@@ -30,7 +30,9 @@ def check_scan(config: EncoderConfig) -> None:
     """Raises ConfigError for a scan that the default device cannot run."""
     if reason := refusal(config.scan):
         expected = "one that this device can run, such as auto"
-        raise ConfigError("config.model.scan", f"found {config.scan!r}, which does not run here ({reason})", expected)
+        raise ConfigError(
+            "config.model.scan", f"found {config.scan!r}, which does not run here ({reason})", expected
+        )
 
 
 def build_mim(config: ModelConfig, rngs: nnx.Rngs) -> MaskedImageModel:
