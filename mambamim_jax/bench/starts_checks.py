@@ -20,6 +20,7 @@ from mambamim_jax.paths import home
 from mambamim_jax.settings import PretrainConfig, RunConfig, flat
 from mambamim_jax.settings_finetune import FinetuneConfig, FinetuneDataConfig
 from mambamim_jax.train.labelled_data import check_case, read_labels
+from mambamim_jax.train.workdir import unwritable
 
 C = TypeVar("C", bound=RunConfig)
 SETTINGS = "settings.json"
@@ -63,8 +64,7 @@ def prepare(options: argparse.Namespace) -> None:
         write_text(workdir / SETTINGS, json.dumps(settings, indent=1) + "\n")
         make_links(workdir / "data", links)
     except OSError as error:
-        found = f"{workdir} can't be written ({error.strerror})"
-        raise ConfigError("--workdir", found, "a folder you may write to") from None
+        raise unwritable(workdir, error) from None
 
 
 def find_config(spec: str) -> str:

@@ -62,11 +62,14 @@ class Output:
             raise InputError(f"{self.folder / RECORD}: {found}; {ADVICE}")
         elif blocked:
             names = ", ".join(blocked[:3]) + (" …" if len(blocked) > 3 else "")
-            found = f"{len(blocked)} of the cases there were made in another way ({names})"
-            if not (self.folder / RECORD).exists():
+            where, found = (
+                self.folder / RECORD,
+                f"{len(blocked)} of the cases there were made in another way ({names})",
+            )
+            if not where.exists():
                 found = f"{len(blocked)} of the cases are there ({names}), and no {RECORD} says how they were made"
-                raise InputError(f"{self.folder}: {found}; {ADVICE}")
-            raise InputError(f"{self.folder / RECORD}: {found}; {ADVICE}")
+                where = self.folder
+            raise InputError(f"{where}: {found}; {ADVICE}")
         for case in cases:
             for target in (self.labels_of(case), self.probabilities_of(case)):
                 partial_of(target).unlink(missing_ok=True)
