@@ -73,6 +73,42 @@ def test_invented_organs_are_left_out_of_the_second_tables(workdir, tmp_path):
     assert liver[1][1].startswith(f"| liver | {others:.3f}")
 
 
+def test_the_second_tables_compare_an_organ_with_itself(workdir, tmp_path):
+    """The first case's label has no liver; one start draws one there, the other does not."""
+    shutil.copytree(workdir, tmp_path / "copy")
+    for start in starts.STARTS:
+        for seed in range(SEEDS):
+            file = starts.Run(start, 1.0, seed).evaluation(tmp_path / "copy") / "scores.csv"
+            with file.open(newline="") as text:
+                rows = list(csv.DictReader(text))
+            value, status = ("0", "invented") if start == "scratch" else ("", "absent")
+            rows[0] |= {"status": status, **dict.fromkeys(METRICS, value)}
+            assert (rows[0]["case"], rows[0]["class"]) == ("case_0", "liver")
+            with file.open("w", newline="") as text:
+                writer = csv.DictWriter(text, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+    liver, spleen, mean = (
+        [line for line in starts.table(tmp_path / "copy", [1.0], SEEDS) if line.startswith(f"| {name} |")][1]
+        for name in (*CLASSES, "mean over classes")
+    )
+    assert "| +0.000 [+0.000, +0.000] | 1 |" in liver
+    assert "| +0.100 [+0.100, +0.100] | 0.0078 |" in spleen
+    assert "| +0.050 [+0.050, +0.050] |" in mean
+
+
+def test_an_organ_that_no_label_has(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "copy")
+    for seed in range(SEEDS):
+        file = starts.Run("pretrained", 1.0, seed).evaluation(tmp_path / "copy") / "scores.csv"
+        lines = file.read_text().splitlines()
+        lines = [x.replace("scored", "invented") if ",liver," in x else x for x in lines]
+        file.write_text("\n".join(lines) + "\n")
+    lines = starts.table(tmp_path / "copy", [1.0], SEEDS)
+    second = [line for line in lines if line.startswith("| liver |")][1]
+    assert second.endswith("| – | – | – |")
+
+
 def test_the_other_metrics(workdir):
     mean = np.mean([dice("scratch", 0.2, 0, case, "liver") for case in CASES]) + 0.005
     expected = f"| 20%, scratch | {' | '.join([f'{mean:.3f} ± {np.std([0.0, 0.01], ddof=1):.3f}'] * 3)} |"

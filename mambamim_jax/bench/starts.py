@@ -121,7 +121,7 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
 
 
 def mean_over_seeds(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Each case's and class's scores averaged over the seeds."""
+    """Each case's and class's scores averaged over the seeds; NaN where one of them has none."""
     found = defaultdict(list)
     for rows in runs:
         for row in rows:
@@ -136,7 +136,8 @@ def table(workdir: Path, shares: Sequence[float], seeds: int) -> list[str]:
     """The results as Markdown: Dice by class, mean over seeds, spread between seeds, and the paired difference.
 
     First of all organs; then of those that the label has, since a set may leave organs undrawn that the scan shows;
-    then the other metrics' means over classes.
+    then the other metrics' means over classes. A cell is of all scores of the runs, a difference of the cases in
+    which every run has a score; the two agree where no run lacks any.
     """
     scores = {
         share: {
@@ -150,13 +151,18 @@ def table(workdir: Path, shares: Sequence[float], seeds: int) -> list[str]:
     for what, left_out in (("Dice", ()), ("Dice where the label has the organ", ("invented",))):
         for share, runs in scores.items():
             kept = {
-                start: [[row for row in rows if row["status"] not in left_out] for rows in some]
+                start: [[_without(row, left_out) for row in rows] for rows in some]
                 for start, some in runs.items()
             }
             cases = len({row["case"] for row in runs["scratch"][0]})
             heading = f"{percent(share)}% of the labels; {what} on {cases} held-out cases, {over}"
             lines += ["", heading, "", *_body(kept)]
     return [*lines, "", f"Means over classes, {over}", "", *_others(scores)]
+
+
+def _without(row: Mapping[str, Any], statuses: Sequence[str]) -> dict[str, Any]:
+    """The row, without scores if its status is one of these."""
+    return {**row, **(dict.fromkeys(METRICS, math.nan) if row["status"] in statuses else {})}
 
 
 def _others(scores: Mapping[float, Mapping[str, Sequence[list[dict[str, Any]]]]]) -> list[str]:

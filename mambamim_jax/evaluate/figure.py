@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mambamim_jax.evaluate.statistics import OVERALL, Rows, matrix
+from mambamim_jax.evaluate.statistics import OVERALL, Rows, cases_and_classes
 from mambamim_jax.types import NumpyArray
 from mambamim_jax.visualise import rasterise
 
@@ -96,7 +96,7 @@ def _number(value: float) -> str:
 
 def _boxes(axis: Axes, runs: Sequence[Rows], metric: str, title: str, last: bool) -> None:
     """A box per class and run, each case a point; what was missed or invented as an open one."""
-    classes = matrix(runs[0], metric)[1]
+    classes = cases_and_classes(runs[0])[1]
     width = 0.62 / len(runs)
     draw = np.random.default_rng(0)
     for number, rows in enumerate(runs):

@@ -28,7 +28,9 @@ RULES = {
     "missed": "labelled, not predicted: Dice, IoU and NSD 0, HD95 the image's diagonal",
     "invented": "predicted, not labelled: Dice, IoU and NSD 0, HD95 the image's diagonal",
     "interval": "95%, bootstrap over cases, 10,000 resamples",
-    "p": "Wilcoxon signed-rank, two-sided; p_holm corrected for the number of classes",
+    "difference": "over the cases that both have a score for; over classes, the mean of the classes' differences",
+    "p": "Wilcoxon signed-rank over cases, two-sided, over classes of each case's mean difference; p_holm corrected "
+    "for the number of classes",
 }
 
 

@@ -15,64 +15,80 @@ from mambamim_jax.types import NumpyArray
 RESAMPLES = 10_000
 LEVEL = 0.95
 OVERALL = "mean over classes"
+DIGITS = 6
+"""Decimals of a difference that are ranked: what is equal but for rounding is a tie, and 0 no difference."""
 Rows = Sequence[Mapping[str, Any]]
 
 
-def matrix(rows: Rows, metric: str) -> tuple[list[str], list[str], NumpyArray]:
-    """Cases, classes, and one metric of them as (cases, classes), NaN where a class is absent."""
+def cases_and_classes(rows: Rows) -> tuple[list[str], list[str]]:
+    """Cases and classes of the rows, in the order in which they first come."""
     cases, classes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "class"))
+    return cases, classes
+
+
+def matrix(rows: Rows, metric: str, cases: Sequence[str], classes: Sequence[str]) -> NumpyArray:
+    """One metric as (cases, classes) in the order given, NaN where a class is absent or there is no row."""
+    line, column = ({name: n for n, name in enumerate(order)} for order in (cases, classes))
     values = np.full((len(cases), len(classes)), np.nan)
     for row in rows:
-        values[cases.index(row["case"]), classes.index(row["class"])] = row[metric]
-    return cases, classes, values
+        values[line[row["case"]], column[row["class"]]] = row[metric]
+    return values
 
 
 def summarise(rows: Rows, seed: int = 0) -> dict[str, dict[str, Any]]:
     """For each class, and over all of them, counts and {metric: mean, std, median, low, high}.
 
-    The mean over classes is the mean of the classes' means, its deviation that of the cases' means. The interval is
-    the bootstrap's: of 10,000 resamples of the cases, drawn with replacement, the middle 95% of the means.
+    The mean over classes is the mean of the classes' means, its deviation and median those of the cases' means. The
+    interval is the bootstrap's: of 10,000 resamples of the cases, drawn with replacement, the middle 95% of the means;
+    a class of which a resample has no score is left out of its mean over classes.
     """
     result: dict[str, dict[str, Any]] = {}
+    cases, classes = cases_and_classes(rows)
+    draws = _resamples(len(cases), seed)
     for metric in METRICS:
-        cases, classes, values = matrix(rows, metric)
-        draws = _resamples(len(cases), seed)
+        values = matrix(rows, metric, cases, classes)
         means = resampled_means(values, draws)
         for column, name in enumerate(classes):
             known = values[~np.isnan(values[:, column]), column]
             result.setdefault(name, _counts(rows, name))[metric] = _describe(
                 known, _mean(known), means[:, column]
             )
-        over_classes = nanmean(means, 1)
-        middle = nanmean(np.array([[_mean(v[~np.isnan(v)]) for v in values.T]]), 1)[0]
         per_case = nanmean(values, 1)
-        described = _describe(per_case[~np.isnan(per_case)], float(middle), over_classes)
+        described = _describe(per_case[~np.isnan(per_case)], mean_over_classes(values), nanmean(means, 1))
         result.setdefault(OVERALL, _counts(rows, None))[metric] = described
     return {OVERALL: result.pop(OVERALL), **result}
 
 
 def compare(rows: Rows, others: Rows, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Paired differences, ours less the other's, per class and over the cases' means.
+    """Paired differences, ours less the other's, per class and over the classes.
 
-    Each metric has the mean difference, its bootstrap interval, the number of pairs, and the p of Wilcoxon's
-    signed-rank test, two-sided; ``p_holm`` is corrected (Holm) for the number of classes. Pairs of which one is
-    absent are left out.
+    A pair is a class of a case, by name, that both have a score for; others are left out. Each metric has the mean
+    difference, its bootstrap interval, the number of pairs, and the p of Wilcoxon's signed-rank test, two-sided;
+    ``p_holm`` is corrected (Holm) for the number of classes. Over the classes, the difference is the mean of the
+    classes' mean differences, pairs are cases, and p is that of the cases' mean differences.
     """
     result: dict[str, dict[str, Any]] = {}
+    cases, classes = cases_and_classes([*rows, *others])
+    draws = _resamples(len(cases), seed)
     for metric in METRICS:
-        _, classes, ours = matrix(rows, metric)
-        _, _, theirs = matrix(others, metric)
+        ours, theirs = (matrix(some, metric, cases, classes) for some in (rows, others))
         difference = ours - theirs
-        draws = _resamples(len(difference), seed)
         means = resampled_means(difference, draws)
-        values = [_paired(difference[:, n], means[:, n]) for n in range(len(classes))]
+        values = [
+            _paired(column, _mean(column[~np.isnan(column)]), resampled)
+            for column, resampled in zip(difference.T, means.T)
+        ]
         for value, corrected in zip(values, holm([value["p"] for value in values])):
             value["p_holm"] = corrected
-        per_case = nanmean(difference, 1)[:, None]
-        overall = _paired(per_case[:, 0], resampled_means(per_case, draws)[:, 0])
+        overall = _paired(nanmean(difference, 1), mean_over_classes(difference), nanmean(means, 1))
         for name, value in [(OVERALL, overall), *zip(classes, values)]:
             result.setdefault(name, {})[metric] = value
     return result
+
+
+def mean_over_classes(values: NumpyArray) -> float:
+    """Mean of the classes' means of (cases, classes) with NaN; a class that is nowhere is left out."""
+    return float(nanmean(nanmean(values, 0)[None], 1)[0])
 
 
 def resampled_means(values: NumpyArray, draws: NumpyArray) -> NumpyArray:
@@ -134,10 +150,13 @@ def _describe(values: NumpyArray, mean: float, means: NumpyArray) -> dict[str, A
     return {"mean": mean, "std": std, "median": float(np.median(values)), **interval}
 
 
-def _paired(difference: NumpyArray, means: NumpyArray) -> dict[str, Any]:
-    known = difference[~np.isnan(difference)]
+def _paired(differences: NumpyArray, mean: float, means: NumpyArray) -> dict[str, Any]:
+    """Number, mean, interval and p of differences with NaN where there is no pair; None where there are none."""
+    known = differences[~np.isnan(differences)]
     if not known.size:
         return {"pairs": 0, **dict.fromkeys(("difference", "low", "high", "p"))}
-    p = 1.0 if not known.any() else float(wilcoxon(known, zero_method="wilcox", method="auto").pvalue)
+    unequal = np.round(known, DIGITS)
+    unequal = unequal[unequal != 0]
+    p = float(wilcoxon(unequal, method="auto").pvalue) if unequal.size else 1.0
     interval = _interval(means) if known.size > 1 else {"low": None, "high": None}
-    return {"pairs": int(known.size), "difference": float(known.mean()), **interval, "p": p}
+    return {"pairs": int(known.size), "difference": mean, **interval, "p": p}
