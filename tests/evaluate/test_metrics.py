@@ -90,6 +90,28 @@ def test_sheared_grids_are_measured_in_space():
     assert found.hd95 == pytest.approx(math.sqrt(8))
 
 
+@pytest.mark.parametrize(
+    ("spacing", "voxels"), [(1.0, 2), (0.5, 4), (2.0, 1), (0.4, 5), (0.8, 2), (2 / 3, 3)]
+)
+def test_a_distance_that_equals_the_tolerance_is_within_it_whatever_the_header_rounds(spacing, voxels):
+    """The reference is counted in voxels, by whole numbers; affines are turned by degrees and rounded as headers do."""
+    a = cube((5, 5, 5), (14, 14, 14))
+    b = np.roll(a, voxels, 0)
+    points = [np.argwhere(surface(mask)) for mask in (a, b)]
+    squares = ((points[0][:, None] - points[1][None]) ** 2).sum(-1)
+    nearest = np.concatenate([squares.min(1), squares.min(0)])
+    below = (nearest < voxels**2).mean()
+    assert below < (nearest <= voxels**2).mean() == 1.0
+    for degrees in (0, 1, 2, 10, 17, 33, 58):
+        c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        turned = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.diag([spacing] * 3)
+        affine = turned.astype(np.float32)
+        tolerance = spacing * voxels
+        assert score(a, b, affine, tolerance).nsd == 1.0
+        assert score(a, b, affine, 0.9999 * tolerance).nsd == pytest.approx(below)
+        assert score(a, b, affine, tolerance).hd95 == pytest.approx(tolerance, rel=1e-6)
+
+
 def test_absent_missed_and_invented():
     none, some, spacing = np.zeros(SHAPE, bool), cube((2, 2, 2), (4, 4, 4)), np.diag([1.0, 2.0, 0.5])
     absent = score(none, none, spacing, 1.0)
