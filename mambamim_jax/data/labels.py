@@ -92,9 +92,11 @@ def _labels(labels: Any, order: Any, path: Path) -> tuple[tuple[str, ...], tuple
     if all(len(inside) == 1 for inside in values.values()):
         return names, ()
     inside = {name: found for name, found in values.items() if found != (0,)}
-    if not isinstance(order, list) or len(order) != len(inside) or not all(w in known for w in order):
+    fits = isinstance(order, list) and len(order) == len(inside) and all(w in known[1:] for w in order)
+    if not fits or len(set(order)) < len(order):
         raise DatasetError(
-            f"{path}: regions_class_order {order!r}, expected the value that each of {', '.join(inside)} writes"
+            f"{path}: regions_class_order {order!r}, expected the value that each of {', '.join(inside)} writes, "
+            "not 0 and none twice"
         )
     return names, tuple(Region(name, found, int(w)) for (name, found), w in zip(inside.items(), order))
 

@@ -70,7 +70,7 @@ class Painter:
 
     Args:
       shape: (i, j, k) of the scan. placement: of the slabs' box on it. axis: along which slabs follow each other.
-      probabilities: None, or an array (classes, k, j, i) to fill, a memory map for instance.
+      probabilities: None, or an array (classes, k, j, i) of zeros to fill, a memory map for instance.
 
     Attributes:
       labels: (k, j, i), as NIfTI stores them.
@@ -88,6 +88,8 @@ class Painter:
         self.dtype = label_dtype(classes, regions)
         self.labels: NumpyArray = np.zeros(tuple(shape)[::-1], self.dtype)
         self.placement, self.axis, self.regions, self.probabilities = placement, axis, regions, probabilities
+        if probabilities is not None and not regions:
+            probabilities[0] = SCALE  # background wherever no slab comes
         self.mixed = np.iinfo(self.dtype).max
         self.kept: NumpyArray | None = None
 

@@ -59,6 +59,11 @@ def test_regions(tmp_path):
             {"labels": REGIONS, "regions_class_order": [[1], 2], **CT},
             r"regions_class_order \[\[1\], 2\], expected",
         ),
+        (
+            {"labels": REGIONS, "regions_class_order": [1, 1], **CT},
+            r"regions_class_order \[1, 1\], expected .* none twice",
+        ),
+        ({"labels": REGIONS, "regions_class_order": [0, 2], **CT}, r"\[0, 2\], expected .* not 0"),
     ],
 )
 def test_tables_that_cannot_be(tmp_path, content, says):

@@ -110,7 +110,9 @@ def test_probabilities_are_kept(scan):
 def test_outside_the_box_is_background(scan):
     grid_affine, probability = grid_of(SCANS[scan])
     box = np.array([(2, 0, 3), np.array(probability.shape[:3]) - (4, 5, 0)])
-    found = paint(probability, SCANS[scan], grid_affine, box, 2)
+    kept = np.zeros((CLASSES, *SHAPE[::-1]), np.uint16)
+    found = paint(probability, SCANS[scan], grid_affine, box, 2, kept=kept)
+    kept = kept.transpose(3, 2, 1, 0)
     index = np.indices(SHAPE).reshape(3, -1)
     where = np.linalg.inv(grid_affine) @ SCANS[scan] @ np.concatenate([index, np.ones((1, index.shape[1]))])
     ends = [
@@ -124,13 +126,30 @@ def test_outside_the_box_is_background(scan):
     assert 0.1 < inside.mean() < 0.9
     assert (found == expected)[~near].mean() > 0.999
     assert not found[~inside & ~near].any()
+    assert (kept[~inside & ~near] == [SCALE, 0, 0, 0]).all()
+    np.testing.assert_allclose(kept.sum(-1) / SCALE, 1, atol=CLASSES / 2 / SCALE + 1e-6)
 
 
 def test_regions_are_decided_after_interpolation():
     grid_affine, probability = grid_of(SCANS["sheared"])
     regions = [{"name": str(n), "labels": [n], "writes": n} for n in (2, 1, 4, 3)]
     probability = np.clip(probability * 1.6, 0, 1)
-    found = paint(probability, SCANS["sheared"], grid_affine, whole(probability), 1, regions)
+    kept = np.zeros((CLASSES, *SHAPE[::-1]), np.uint16)
+    found = paint(probability, SCANS["sheared"], grid_affine, whole(probability), 1, regions, kept)
     expected = plain(probability, SCANS["sheared"], grid_affine)
     clear = (np.abs(expected - 0.5) > 1e-5).all(-1)
     np.testing.assert_array_equal(found[clear], decide(expected, regions)[clear])
+    np.testing.assert_allclose(kept.transpose(3, 2, 1, 0) / SCALE, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "regions", [None, [{"name": str(n), "labels": [n], "writes": n} for n in (1, 2, 3, 4)]]
+)
+def test_where_no_slab_comes_is_background(regions):
+    kept = np.zeros((CLASSES, *SHAPE[::-1]), np.uint16)
+    grid_affine, probability = grid_of(SCANS["oblique"])
+    nothing = place(SCANS["oblique"], SHAPE, grid_affine, probability.shape[:3], np.zeros((2, 3), int))
+    labels = Painter(SHAPE, nothing, 0, CLASSES, regions, kept).labels
+    assert not labels.any()
+    assert (kept[0] == (0 if regions else SCALE)).all()
+    assert not kept[1:].any()
