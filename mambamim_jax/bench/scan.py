@@ -226,7 +226,9 @@ def sweep_launches(base: tuning.Launch, channels: int, mode: str) -> list[tuning
             for scale in (0.5, 1, 2)
             for tokens in halves
         ]
-        return launches + [base._replace(ends_chunk=chunk) for chunk in (8, 14)]
+        launches += [base._replace(ends_chunk=chunk) for chunk in (8, 14)]
+        below = (0, 10**6) if inference else ()
+        return launches + [base._replace(abreast_below=tokens) for tokens in below]
     if inference:
         tried = [(chunk, k) for k in (2, 4) for chunk in (4, 8)]
         return [base._replace(inference_chunk=chunk, inference_channels=k) for chunk, k in tried]

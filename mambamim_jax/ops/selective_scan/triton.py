@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from mambamim_jax.ops.selective_scan import triton_abreast as abreast
 from mambamim_jax.ops.selective_scan import triton_few as few
 from mambamim_jax.ops.selective_scan import triton_kernels as kernels
 from mambamim_jax.ops.selective_scan import triton_plan as plan
@@ -61,8 +62,9 @@ def forward(
     aliases = None
     if dt is not None:
         given, aliases = given | {"delta": None, "delta_bias": None}, {"dt": "y"}
-    body = few.forward if walk.adjacent and walk.channels == 1 and walk.whole else kernels.forward
-    out = _launch(body, "forward", walk, (_programs(f, walk), b, segments), given, outputs, aliases)
+    out = _launch(
+        _forward_body(walk), "forward", walk, (_programs(f, walk), b, segments), given, outputs, aliases
+    )
     return out["y"].reshape(f.u.shape)[..., :width], out["last"][-1, :, :n, :width].mT, out.get("saved")
 
 
@@ -108,6 +110,13 @@ def backward(
         delta_bias=found.delta_bias[:width],
         initial_state=out["dfirst"][0, :, :n, :width].mT if "dfirst" in out else None,
     )
+
+
+def _forward_body(walk: Walk) -> Callable[[Program], None]:
+    """The forward kernel for a walk."""
+    if walk.abreast > 1:
+        return abreast.forward
+    return few.forward if walk.adjacent and walk.channels == 1 and walk.whole else kernels.forward
 
 
 def _default_launch() -> Launch:

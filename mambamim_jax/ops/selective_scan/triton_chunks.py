@@ -51,13 +51,18 @@ class Chunk:
         """The chunk after this one; itself where that is not whole."""
         return Chunk(self.program, jnp.minimum(self.index + 1, self.program.walk.whole - 1), False)
 
-    def own(self, name: str, i: int) -> tuple[Any, Array | None]:
-        """A ref (b, l e) at the lanes' own values of the group from token i on, and which are inside."""
+    def own(self, name: str, i: int, store: bool = False) -> tuple[Any, Array | None]:
+        """A ref (b, l e) at the lanes' own values of the group from token i on, and which are inside.
+
+        The interpreter stores what was there where a lane is not inside, so that it needs other places for those.
+        """
         p = self.program
-        walk, turn = p.walk, self.steps(1) * p.turn
+        walk, turn = p.walk, p.turn if self.full(i) else jnp.minimum(p.turn, self.count - 1 - i)
+        turn = self.steps(1) * turn
         first, step = (self.at(0) + turn) * p.width + p.channel, self.steps(i) * p.width
         inside = self.own_inside(i)
-        if inside is None or not self.tail:
+        elsewhere = self.tail or (store and walk.interpret and walk.abreast > 1)
+        if inside is None or not elsewhere:
             return p.spot(name, first, step), inside
         past = walk.samples * walk.length * p.width + p.lane  # no two lanes at one place
         return p.spot(name, jnp.where(inside, first + step, past)), inside
@@ -65,9 +70,14 @@ class Chunk:
     def own_inside(self, i: int) -> Array | None:
         """Whether the lanes' own values of the group from token i on are inside the sequence, and new; None for all."""
         p = self.program
-        if p.walk.overlaps:
-            return self.time(i) + p.turn >= self.index * p.walk.chunk
+        if p.walk.overlaps or not self.full(i):
+            inside = self.time(i) + p.turn >= self.index * p.walk.chunk
+            return inside if self.full(i) else inside & (p.turn < self.count - i)
         return self.time(i) + p.turn < p.walk.length if self.tail else None
+
+    def full(self, i: int) -> bool:
+        """Whether there is a token for every lane of a team in the group from token i on."""
+        return i + self.program.walk.together <= self.count
 
     def inside(self, i: int) -> Array | None:
         """Whether token i is inside the sequence, for every lane; None for yes."""
@@ -93,6 +103,11 @@ class Chunk:
             return pltriton.load(spot)
         return pltriton.load(spot, mask=inside, other=0.0)
 
+    def write(self, name: str, i: int, value: Array) -> None:
+        """Stores the lanes' own values of the group from token i on into (b, l e)."""
+        spot, inside = self.own(name, i, store=True)
+        pltriton.store(spot, value.astype(self.program.refs[name].dtype), mask=inside)
+
     def _shared(self, name: str, i: int) -> Vectors:
         if self.program.walk.adjacent:
             return self._adjacent(name, i)
@@ -108,6 +123,7 @@ class Chunk:
         if mask is not None:
             mask = jnp.broadcast_to(mask[:, None], (p.walk.block, p.each))
         first, other = self.at(0) * sets, None if mask is None else 0.0
+        first = first[:, None] if first.ndim else first  # each warp its own chunk
         found = [
             pltriton.load(p.adjacent(name, first, (self.steps(i) * sets + s) * SET), mask=mask, other=other)
             for s in range(sets)
@@ -149,7 +165,7 @@ class Group:
     def __init__(self, chunk: Chunk, first: int, data: Data, ready: Any = None):
         self.chunk, self.first, self.data, self.program = chunk, first, data, chunk.program
         self.math = self.program.math
-        self.turns = range(self.program.walk.together)
+        self.turns = range(min(self.program.walk.together, chunk.count - first))
         self.u = self.row("u") if ready is None else ready.u
         if ready is not None:
             self.delta = ready.delta
@@ -179,7 +195,7 @@ class Group:
 
     def row(self, name: str) -> Array:
         """The lanes' own values of an array (b, l, e)."""
-        return self.data[name][self.first // len(self.turns)].astype(jnp.float32)
+        return self.data[name][self.first // self.program.walk.together].astype(jnp.float32)
 
     def shared(self, name: str, turn: int) -> Vectors:
         """A token's values of an array (b, l, n), for each of a lane's states."""
@@ -191,15 +207,14 @@ class Group:
     def spread(self, value: Array, turn: int) -> Vectors:
         """A token's values, for each of a lane's channels, from the lanes that own them."""
         p = self.program
-        if len(self.turns) == 1:
+        if p.walk.together == 1:
             return [self.math.exchange(value, k) for k in p.channels]
         own = p.lane % p.walk.channels
         return [self.math.of_team(value, (own ^ k) + turn * p.walk.channels, p.walk.team) for k in p.channels]
 
     def write(self, name: str, value: Array) -> None:
         """Stores the lanes' own values into (b, l e)."""
-        spot, inside = self.chunk.own(name, self.first)
-        pltriton.store(spot, value.astype(self.program.refs[name].dtype), mask=inside)
+        self.chunk.write(name, self.first, value)
 
     def gated(self) -> tuple[Array, Array | None]:
         """The gradient before the gate, and the factor that turns the ungated y into the gate's gradient."""

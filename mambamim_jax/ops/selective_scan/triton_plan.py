@@ -6,7 +6,7 @@ import math
 
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
 from mambamim_jax.ops.selective_scan.triton_math import LANES
-from mambamim_jax.ops.selective_scan.triton_program import QUAD, Walk
+from mambamim_jax.ops.selective_scan.triton_program import QUAD, SET, Walk
 from mambamim_jax.ops.selective_scan.tuning import Launch
 
 
@@ -26,26 +26,29 @@ def walk(f: ScanInputs, launch: Launch, work: str, reverse: bool, interpret: boo
         raise ValueError(
             f"found a chunk of {chunk} tokens, expected a multiple of {least} at {channels} channels a quad"
         )
+    side = abreast(launch, b, length, e, f.A.shape[1]) if work == "inference" else 1
+    if side > 1:
+        chunk, channels, team = -(-length // (side * _turns(launch, side, length))), 1, QUAD
     doubled = work == "saves" and is_wide(launch, b, length, e)
     if doubled:
         channels = wide(launch)
     chunks, some = -(-length // chunk), warps(b * e, channels, team)
     if work == "backward":
         fill = launch.backward_fill
-    per_segment = -(-chunks // segments(launch, fill, some, length))
+    per_segment = -(-chunks // (1 if side > 1 else segments(launch, fill, some, length)))
     count = -(-chunks // per_segment)
     step = math.lcm(chunk, launch.ends_chunk) // chunk
     rounded = -(-per_segment // step) * step
     if count > 1 and -(-chunks // rounded) == count:  # as many segments, and `ends` may have its own chunks
         per_segment = rounded
-    adjacent = work == "inference" and (team > QUAD or some * count <= launch.few)
+    adjacent = work == "inference" and (side > 1 or team > QUAD or some * count <= launch.few)
     facts = Walk(
         samples=b,
         length=length,
         chunk=chunk,
         channels=channels,
         team=team,
-        block=LANES * (launch.backward_warps if work == "backward" else launch.warps),
+        block=LANES * (launch.backward_warps if work == "backward" else launch.warps * side),
         per_segment=per_segment,
         reverse=reverse,
         skip=0,
@@ -53,6 +56,7 @@ def walk(f: ScanInputs, launch: Launch, work: str, reverse: bool, interpret: boo
         shift=int(work != "inference" and not doubled and channels < QUAD),
         rejoins=adjacent or work == "backward",
         wide=doubled,
+        abreast=side,
         interpret=interpret,
     )
     return facts, count
@@ -99,6 +103,26 @@ def is_wide(launch: Launch, b: int, length: int, e: int) -> bool:
     """Whether a forward pass that saves has twice the channels of the backward pass, for less work a channel."""
     few = warps(b * e, wide(launch))
     return launch.channels < QUAD and not would_be_short(launch, launch.fill, few, length)
+
+
+def abreast(launch: Launch, b: int, length: int, e: int, n: int) -> int:
+    """Warps of a program that walk chunks side by side in a pass that saves nothing, up to eight; 1 for none.
+
+    As many as chunks, unless the card is full before: of warps that walk several chunks each it takes fewer.
+    """
+    if n != SET or launch.warps > 1 or length >= launch.abreast_below:
+        return 1
+    side, programs = 8, warps(b * e, 1)
+    while side > 1 and side // 2 * launch.abreast >= length:
+        side //= 2
+    while side > 1 and side * programs > (launch.fill if _turns(launch, side, length) == 1 else launch.few):
+        side //= 2
+    return side
+
+
+def _turns(launch: Launch, side: int, length: int) -> int:
+    """Chunks that each of so many warps walks."""
+    return -(-length // (side * launch.abreast))
 
 
 def inference(launch: Launch, b: int, length: int, e: int) -> tuple[int, int, int, int]:

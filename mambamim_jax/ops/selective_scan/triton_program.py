@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from mambamim_jax.ops.selective_scan.triton_math import LOG2E, Math
+from mambamim_jax.ops.selective_scan.triton_math import LANES, LOG2E, Math
 from mambamim_jax.types import Array
 
 QUAD = 4
@@ -55,17 +55,18 @@ class Walk(NamedTuple):
     shift: int  # otherwise as many quads with the same states, 2**shift, stand side by side
     rejoins: bool  # a last chunk that is not full starts earlier, see `overlaps`
     wide: bool  # a forward pass that saves, a quad with the channels that two have in the backward pass
+    abreast: int  # warps of a program that walk chunks of the same channels side by side; 1 where all have their own
     interpret: bool  # run by the Pallas interpreter, which knows no inline assembly
 
     @property
     def width(self) -> int:
         """Channels of a program."""
-        return self.block // self.team * self.channels
+        return self.block // self.abreast // self.team * self.channels
 
     @property
     def overlaps(self) -> bool:
         """Whether the last chunk ends with the sequence and takes tokens of the one before again, without effect."""
-        return self.rejoins and self.length >= self.chunk and self.length % self.chunk > 0
+        return self.rejoins and self.length >= self.chunk and self.length % (self.chunk * self.abreast) > 0
 
     @property
     def whole(self) -> int:
@@ -89,7 +90,8 @@ class Program:
         self.lanes = pl.ds(self.block * walk.block, walk.block)
         lane = jnp.arange(walk.block, dtype=jnp.int32)
         self.lane, self.channels = lane, range(walk.channels)
-        self.channel = self.block * walk.width + lane // walk.team * walk.channels + lane % walk.channels
+        within = lane if walk.abreast == 1 else lane % LANES
+        self.channel = self.block * walk.width + within // walk.team * walk.channels + lane % walk.channels
         self.turn = lane % walk.team // walk.channels
         self.quad, self.apart_by = lane // (QUAD << walk.shift) % QUAD, QUAD << walk.shift
         self.width, n = refs["A"].shape
@@ -167,10 +169,15 @@ class Program:
 
     def put_vector(self, name: str, value: Array, *at: int) -> None:
         """Stores a sum over each lane's own tokens into an array (segments, b, ..., e)."""
+        value = self.over_turns(value)
+        pltriton.store(self.refs[name].at[(self.segment, self.sample, *at, self.channel)], value)
+
+    def over_turns(self, value: Array) -> Array:
+        """Sums over a team's lanes with the same own channel."""
         bits = self.walk.channels
         while bits < self.walk.team:
             value, bits = value + self.math.exchange(value, bits), bits * 2
-        pltriton.store(self.refs[name].at[(self.segment, self.sample, *at, self.channel)], value)
+        return value
 
     def put_saved(self, index: Array, value: State) -> None:
         """Stores a state as the lanes have it, into (b, saved, fours of vectors, lanes, 4)."""
@@ -223,11 +230,29 @@ class Program:
             more = jax.eval_shape(work, carry)[1]
             return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), more)
 
+        return jax.lax.cond(self._taken(time, slack), work, never, carry)
+
+    def bound(self, value: Array, others: list[Array], time: Array) -> Array:
+        """The same value, which the compiler has not before the others were read too; see `apart` for ``time``.
+
+        It takes the ``slack`` of 1.
+        """
+        never = self._taken(time, 1).astype(jnp.int32) - 1
+
+        def bits(x: Array) -> Array:
+            return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+
+        found = bits(value)
+        for other in others:
+            found = found | (bits(other) & never)
+        return jax.lax.bitcast_convert_type(found, jnp.float32)
+
+    def _taken(self, time: Array, slack: int) -> Array:
+        """A truth that the compiler cannot know; see `apart`."""
         walk = self.walk
         chunks = -(-walk.length // walk.chunk)
         most = chunks + walk.samples - chunks // -walk.per_segment - slack
-        taken = time + self.sample + self.segment < most
-        return jax.lax.cond(taken, work, never, carry)
+        return time + self.sample + self.segment < most
 
     def decays(self, deltas: Vectors) -> State:
         """exp(Δ A) of each channel and state."""

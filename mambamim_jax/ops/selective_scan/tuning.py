@@ -30,12 +30,14 @@ class Launch(NamedTuple):
     long: int  # tokens of a segment from which there are twice as many, where warps are few
     backward_fill: int  # warps that fill it in the backward pass
     ends_chunk: int  # tokens unrolled where the ends of segments are found, if those divide into them
+    abreast: int  # tokens of a chunk, at most, where warps of an inference program walk chunks side by side
+    abreast_below: int  # tokens of a sequence from which they do not; 0 for never
 
 
 # The row of (8, 0) is that of (9, 0) with its own fill, not measured.
 TUNED = {
-    (8, 0): Launch(8, 4, 8, 2, 1, 4, 108 * 12, 48, 128, 108 * 8, 1024, 108 * 8, 10),
-    (9, 0): Launch(8, 4, 8, 2, 1, 4, 132 * 12, 48, 128, 132 * 8, 1024, 132 * 8, 10),
+    (8, 0): Launch(8, 4, 8, 2, 1, 4, 108 * 12, 48, 128, 108 * 8, 1024, 108 * 8, 10, 16, 1024),
+    (9, 0): Launch(8, 4, 8, 2, 1, 4, 132 * 12, 48, 128, 132 * 8, 1024, 132 * 8, 10, 16, 1024),
 }
 
 

@@ -47,6 +47,8 @@ LAUNCH = tuning.Launch(
     long=10**6,
     backward_fill=16,
     ends_chunk=2,
+    abreast=4,
+    abreast_below=0,
 )
 WIDE = LAUNCH._replace(halve_below=0)
 """States are saved with four channels a quad, and inference has as many: larger programs."""
@@ -188,6 +190,40 @@ def test_triton_with_eight_lanes_a_channel(n, reverse, monkeypatch):
     assert_close(
         run(random_inputs(shape), "pallas_triton", reverse), expected(shape, reverse)[0], 1e-5, "value"
     )
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
+@pytest.mark.parametrize(("length", "side"), [(4, 1), (5, 2), (11, 4), (17, 8), (32, 8), (33, 4), (70, 4)])
+def test_triton_with_warps_that_walk_chunks_side_by_side(length, side, reverse, monkeypatch):
+    """One turn of up to eight warps with four tokens each; where that is not enough, turns of up to four."""
+    launch = LAUNCH._replace(fill=8 * 16, few=8 * 8, abreast_below=71)
+    monkeypatch.setattr(triton, "_default_launch", lambda: launch)
+    assert triton_plan.abreast(launch, 2, length, 64, 16) == side
+    shape = (2, length, 40, 3)
+    assert_close(
+        run(random_inputs(shape), "pallas_triton", reverse), expected(shape, reverse)[0], 1e-5, "value"
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"absent": OPTIONAL}, {"absent": ("z",)}, {"absent": ("D",)}, {"dtype": "bfloat16"}], ids=str
+)
+def test_triton_side_by_side_with_other_inputs(change, monkeypatch):
+    monkeypatch.setattr(
+        triton, "_default_launch", lambda: LAUNCH._replace(fill=64, few=32, abreast_below=100)
+    )
+    shape, tolerance = (2, 19, 40, 3), 6e-3 if "dtype" in change else 1e-5
+    inputs = random_inputs(shape, jnp.dtype(change.get("dtype", "float32")))
+    inputs = inputs._replace(**dict.fromkeys(change.get("absent", ())))
+    assert_close(run(inputs, "pallas_triton"), expected(shape, **change)[0], tolerance, "value")
+
+
+@pytest.mark.parametrize("change", [{"abreast_below": 19}, {"warps": 2}], ids=str)
+def test_triton_not_side_by_side(change):
+    launch = LAUNCH._replace(fill=64, few=32, abreast_below=20)
+    assert triton_plan.abreast(launch, 2, 19, 64, 16) == 2
+    assert triton_plan.abreast(launch._replace(**change), 2, 19, 64, 16) == 1
+    assert triton_plan.abreast(launch, 2, 19, 64, 32) == 1
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])

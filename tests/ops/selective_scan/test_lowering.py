@@ -32,7 +32,9 @@ def _custom_calls(function, shape, dtype, name="__gpu$xla.gpu.triton"):
 
 @pytest.mark.parametrize(("kind", "capability"), [("NVIDIA A100-SXM4-80GB", (8, 0)), ("NVIDIA H200", (9, 0))])
 @pytest.mark.parametrize(
-    ("length", "forward", "gradient"), [(10, 1, 3), (110_592, 3, 7)], ids=["whole", "segmented"]
+    ("length", "forward", "gradient"),
+    [(10, 1, 3), (50, 1, 3), (110_592, 3, 7)],
+    ids=["whole", "side by side", "segmented"],
 )
 def test_lowers_to_one_call_a_kernel(kind, capability, length, forward, gradient, monkeypatch):
     launch = tuning.launch_for(capability)._replace(inference_chunk=2, chunk=4)

@@ -23,7 +23,7 @@ mesh = jax.make_mesh(axes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 specs = tuple(P(*s) for s in [("data", None, "model")] * 2 + [("model", None)] + [("data", None, None)] * 2
               + [("model",), ("data", None, "model"), ("model",)])
 arrays = random_inputs((4, 7, 64, 3))[:8]
-triton._default_launch = lambda: tuning.Launch(2, 4, 4, 2, 1, 1, 1, 48, 0, 1, 10**6, 1, 2)
+triton._default_launch = lambda: tuning.Launch(2, 4, 4, 2, 1, 1, 1, 48, 0, 1, 10**6, 1, 2, 4, 0)
 
 def scan(*arrays):
     return selective_scan(*arrays, implementation=name)
