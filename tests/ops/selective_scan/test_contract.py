@@ -86,8 +86,11 @@ def test_a_launch_that_no_kernel_takes_is_named(change, message):
 @pytest.mark.parametrize("work", ["inference", "saves", "backward"])
 @pytest.mark.parametrize(("b", "l"), [(1, 110592), (2, 1728), (4, 1728), (1, 13824), (2, 333)])
 def test_chunks_of_the_ends_cover_the_segments_and_cost_none(b, l, work):
-    launch, tokens = tuning.TUNED[9, 0], jax.ShapeDtypeStruct((b, l, 768), "float32")
-    inputs = ScanInputs(tokens, *[None] * 8)
+    launch, tokens = (
+        tuning.TUNED[9, 0]._replace(abreast_below=0),
+        jax.ShapeDtypeStruct((b, l, 768), "float32"),
+    )
+    inputs = ScanInputs(tokens, tokens, jax.ShapeDtypeStruct((768, 16), "float32"), *[None] * 6)
     (walk, count), (_, plain) = (
         triton_plan.walk(inputs, some, work, False, False) for some in (launch, launch._replace(ends_chunk=1))
     )
