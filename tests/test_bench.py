@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import runpy
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mambamim_jax.bench import loader, mixer, predict, profile, scan, step, toki
+from mambamim_jax.bench import loader, mixer, predict, profile, scan, scan_launches, step, toki
 from mambamim_jax.bench.alternate import Side, SideError, measure
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.ops.selective_scan import triton_plan, tuning
@@ -226,12 +227,19 @@ def test_the_floor_of_the_scan_is_of_known_cards_and_states(card, n, floor, monk
 @pytest.mark.parametrize("b", [1, 64], ids=["segmented", "whole"])
 def test_the_sweep_of_the_scan_tries_what_its_kernels_take(mode, b):
     base, inputs = tuning.TUNED[9, 0], scan.make_inputs(b, 6, 768, 16, "float32")
-    launches = scan.sweep_launches(base, b * 768, mode)
+    launches = scan_launches.sweep_launches(base, b * 768, mode)
     assert base in launches
     assert len(set(launches)) == len(launches) > 2
     for launch in launches:
         for work in ("inference",) if mode == "forward" else ("saves", "backward"):
             triton_plan.walk(inputs, launch, work, False, False)  # raises for a wrong one
+
+
+def test_another_launch_of_the_scan_is_named_by_its_fields():
+    assert scan_launches.changed("abreast_below=0,few=528") == {"abreast_below": 0, "few": 528}
+    for text in ("few", "few=many", "few=-1", "fewer=1", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"found {text!r}, expected FIELD=NUMBER"):
+            scan_launches.changed(text)
 
 
 def test_the_mixer_is_timed_in_both_precisions_beside_its_convolution(capsys):

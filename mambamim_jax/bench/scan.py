@@ -1,6 +1,7 @@
 """``launch/bench.py scan``: every implementation of the selective scan, forward and forward + backward.
 
-python launch/bench.py scan [--grid=4x54,64x54,...] [--implementations=...] [--dtype=float32] [--sweep]
+python launch/bench.py scan [--grid=4x54,64x54,...] [--implementations=...] [--dtype=float32]
+    [--pass=forward] [--launch=abreast_below=0] [--sweep]
 
 On a GPU the share of the floor is printed beside: the largest of the times that moving the fewest bytes,
 the arithmetic and the exponentials need on that card. Where PyTorch and mamba_ssm's extension
@@ -25,6 +26,7 @@ from jax.experimental import pallas as pl
 
 from mambamim_jax.bench.mamba_ssm_kernel import mamba_ssm
 from mambamim_jax.bench.repeat import Compile, Run, alternate, copies_for, repeated
+from mambamim_jax.bench.scan_launches import changed, sweep_launches
 from mambamim_jax.bench.tables import print_table
 from mambamim_jax.checks import LineParser, whole
 from mambamim_jax.ops.selective_scan import api, tuning
@@ -142,6 +144,12 @@ def measure(
             )
         except Exception as error:
             failed(name, error)
+    for change in options.launch:
+        from mambamim_jax.ops.selective_scan import triton  # its backend may be missing
+
+        name = "pallas_triton, " + ", ".join(f"{key} {value}" for key, value in change.items())
+        launch = triton._default_launch()._replace(**change)
+        begun[name] = pool.submit(ours(inputs, mode, iterations, "pallas_triton", launch))
 
     def rows() -> list[list[str]]:
         sides: dict[str, Run] = {}
@@ -199,7 +207,7 @@ def sweep(b: int, l: int, options: argparse.Namespace, pool: Executor) -> list[l
     iterations = iterations_for(b * l * options.width)
     base = triton._default_launch()
     rows = []
-    for mode in NEEDS:
+    for mode in options.modes or NEEDS:
         begun = {
             str(tuple(launch)): pool.submit(ours(inputs, mode, iterations, "pallas_triton", launch))
             for launch in sweep_launches(base, b * options.width, mode)
@@ -208,32 +216,6 @@ def sweep(b: int, l: int, options: argparse.Namespace, pool: Executor) -> list[l
         for name, (seconds, _) in sorted(alternate(sides, 5).items(), key=lambda item: item[1]):
             rows.append([f"{b}, {l}", mode, name, f"{seconds * 1e6:.1f}"])
     return rows
-
-
-def sweep_launches(base: tuning.Launch, channels: int, mode: str) -> list[tuning.Launch]:
-    """The launches worth trying for so many channels, those of all samples together."""
-    inference = mode == "forward"
-    quads = channels // (base.inference_channels if inference else base.channels)
-    if quads // 8 < base.fill // 2:
-        halves = (0, base.halve_below) if inference else (base.halve_below,)
-        launches = [
-            base._replace(
-                fill=int(base.fill * scale),
-                backward_fill=int(base.backward_fill * scale),
-                few=int(base.few * scale),
-                halve_below=tokens,
-            )
-            for scale in (0.5, 1, 2)
-            for tokens in halves
-        ]
-        launches += [base._replace(ends_chunk=chunk) for chunk in (8, 14)]
-        below = (0, 10**6) if inference else ()
-        return launches + [base._replace(abreast_below=tokens) for tokens in below]
-    if inference:
-        tried = [(chunk, k) for k in (2, 4) for chunk in (4, 8)]
-        return [base._replace(inference_chunk=chunk, inference_channels=k) for chunk, k in tried]
-    chunks = [chunk for chunk in (4, 8, 12) if chunk % (8 // base.channels) == 0]
-    return [base._replace(chunk=chunk, backward_warps=w) for chunk in chunks for w in (1, 2, 4)]
 
 
 def sizes(text: str) -> list[tuple[int, int]]:
@@ -275,13 +257,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=whole(1), default=7)
     parser.add_argument("--iterations", type=whole(0), default=0 if on_gpu else 1)
+    parser.add_argument("--pass", dest="modes", action="append", choices=list(NEEDS), help="(all)")
+    parser.add_argument(
+        "--launch",
+        type=changed,
+        action="append",
+        default=[],
+        help="also this launch of the Triton kernels, such as abreast_below=0",
+    )
     parser.add_argument("--sweep", action="store_true", help="time launch sizes of the GPU kernel instead")
     options = parser.parse_args(argv)
     device = jax.devices()[0].device_kind
     title = f"selective scan, e = {options.width}, n = {options.state}, {options.dtype}, {device}"
-    if options.sweep and not on_gpu:
+    if (options.sweep or options.launch) and not on_gpu:
+        flag = "--sweep" if options.sweep else "--launch"
         parser.error(
-            f"--sweep: found no GPU (the default device is {device}), expected one: it times GPU kernels"
+            f"{flag}: found no GPU (the default device is {device}), expected one: it times GPU kernels"
         )
     if options.sweep:
         with ThreadPoolExecutor() as pool:
@@ -291,7 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     names = options.implementations
     with ThreadPoolExecutor() as pool:
-        begun = [measure(b, l, mode, options, pool) for b, l in options.grid for mode in NEEDS]
+        begun = [
+            measure(b, l, mode, options, pool) for b, l in options.grid for mode in options.modes or NEEDS
+        ]
         least = pool.submit(idle(IDLE, 16, 500)) if on_gpu and "pallas_triton" in names else None
     rows = [row for finish in begun for row in finish()]
     if least is not None:
