@@ -108,14 +108,20 @@ def is_wide(launch: Launch, b: int, length: int, e: int) -> bool:
 def abreast(launch: Launch, b: int, length: int, e: int, n: int) -> int:
     """Warps of a program that walk chunks side by side in a pass that saves nothing, up to eight; 1 for none.
 
-    As many as chunks, unless the card is full before: of warps that walk several chunks each it takes fewer.
+    As many as chunks, if the card has room for them. Fewer, that walk several chunks each, only where the length
+    would be cut otherwise.
     """
     if n != SET or launch.warps > 1 or length >= launch.abreast_below:
         return 1
     side, programs = 8, warps(b * e, 1)
     while side > 1 and side // 2 * launch.abreast >= length:
         side //= 2
-    while side > 1 and side * programs > (launch.fill if _turns(launch, side, length) == 1 else launch.few):
+    if _turns(launch, side, length) == 1 and side * programs <= launch.fill:
+        return side
+    _, channels, team, fill = inference(launch, b, length, e)
+    if segments(launch, fill, warps(b * e, channels, team), length) == 1:
+        return 1
+    while side > 1 and side * programs > launch.few:
         side //= 2
     return side
 
