@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from mambamim_jax.checks import ConfigError
 from mambamim_jax.types import Array, NumpyArray
 
 Batch = dict[str, Any]
@@ -20,6 +22,14 @@ class Stream(Protocol):
     def __next__(self) -> dict[str, NumpyArray]: ...
     def get_state(self) -> dict[str, Any]: ...
     def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Loader(Protocol):
+    """What the loop needs of the data."""
+
+    @property
+    def batches_per_epoch(self) -> int: ...
+    def __iter__(self) -> Stream: ...
 
 
 class Feed(Iterator[Batch]):
@@ -66,6 +76,17 @@ class Feed(Iterator[Batch]):
         self._stream.set_state(state)
         self._ahead.clear()
         self._state = state
+
+    def resume(self, state: dict[str, Any], workdir: Path) -> None:
+        """Goes on from the state that the checkpoint of a run in a workdir holds.
+
+        Raises: ConfigError if it belongs to other data.
+        """
+        try:
+            self.set_state(state)
+        except ValueError as error:
+            expected, advice = f"the data of the run in {workdir}", "use those, or another --workdir"
+            raise ConfigError("config.data", str(error), expected, advice) from error
 
 
 def window(image: Array, limits: tuple[float, float]) -> Array:

@@ -9,24 +9,23 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from mambamim_jax import visualise
-from mambamim_jax.checks import ConfigError
 from mambamim_jax.settings import RunConfig
 from mambamim_jax.train.checkpoint import Checkpoints
-from mambamim_jax.train.feed import Feed, Stream
+from mambamim_jax.train.feed import Feed, Loader
 from mambamim_jax.train.logs import RunLog, SilentLog, open_log
 from mambamim_jax.train.optim import make_optimiser
 from mambamim_jax.train.panel import Panel
-from mambamim_jax.train.processes import Watchdog, first_alone
+from mambamim_jax.train.processes import Watchdog, Work, first_tells
 from mambamim_jax.train.progress import Show, Terminal
 from mambamim_jax.train.sharding import Placement, on_host, one_device
-from mambamim_jax.train.signals import caught_signals
+from mambamim_jax.train.signals import Stopped, caught_signals
 from mambamim_jax.train.step import (
     STOP,
     NonFiniteError,
@@ -38,14 +37,6 @@ from mambamim_jax.train.step import (
     make_step,
 )
 from mambamim_jax.train.summary import Outcome, summarise
-
-
-class Loader(Protocol):
-    """What the loop needs of the data."""
-
-    @property
-    def batches_per_epoch(self) -> int: ...
-    def __iter__(self) -> Stream: ...
 
 
 @dataclass
@@ -86,7 +77,7 @@ def train(
     restored = checkpoints.restore(like)
     start = restored.step if restored else 0
     if restored:
-        _resume_stream(stream, restored.data, workdir)
+        stream.resume(restored.data, workdir)
         terminal.say(f"continuing at step {start} of {steps} from {checkpoints.folder / str(start)}")
     log = open_log(workdir, start, task.validation is not None, terminal.say)
     names = list(adamw.trained(like["params"]))
@@ -111,21 +102,13 @@ def train(
             )
             with caught_signals() as caught:
                 run.go(step, state, stream, caught)
+                checkpoints.wait()
         elif restored:
             run.conclude(restored.state)
-        checkpoints.wait()
         return run.finish()
     finally:
         dog.stop()
         log.close()
-
-
-def _resume_stream(stream: Feed, state: dict[str, Any], workdir: Path) -> None:
-    try:
-        stream.set_state(state)
-    except ValueError as error:
-        expected, advice = f"the data of the run in {workdir}", "use those, or another --workdir"
-        raise ConfigError("config.data", str(error), expected, advice) from error
 
 
 @dataclass
@@ -151,14 +134,16 @@ class _Run:
     seconds: float = 0.0
     clock: float = 0.0
     turns: int = 0
+    caught: list[int] = field(default_factory=list)
 
     def go(self, step_function: Callable, state: State, stream: Feed, caught: list[int]) -> None:
         """All remaining steps."""
-        title, log, every = self.task.name, self.config.log, self.config.checkpoint.every
-        self.step = self.start
+        self.step, self.caught = self.start, caught
         if self.start:
             self.validate(state)
-        with self.terminal.training(title, self.start, self.steps, log.every) as show:
+        if self.signal:
+            return
+        with self.terminal.training(self.task.name, self.start, self.steps, self.config.log.every) as show:
             pending: _Pending | None = None
             quiet = self.placement.flag(0)
             self.clock = time.monotonic()
@@ -177,27 +162,41 @@ class _Run:
                 pending = _Pending(step, metrics, batch, wait)
                 if caught and not self.placement.mesh.is_multi_process:
                     self.signal = caught[0]
-                last = step == self.steps
-                saving = last or bool(self.signal) or step % every == 0
-                # Once a signal has come there is time to save, not for more.
-                validating = self.validates(step) and (last or not self.signal)
-                drawing = self.draws(step) and (last or not self.signal)
-                if drawing or saving or validating:
+                if self.signal or self.saves(step) or self.draws(step) or self.validates(step):
                     self.settle(pending, state, show)
                     pending = None
-                if validating:
-                    show(step, "validating")
-                    self.validate(state)
-                if drawing:
-                    show(step, "drawing")
-                    self.draw(state)
-                if saving:
-                    self.log.sync()
-                    self.checkpoints.save(step, state, stream.get_state(), self.config)
+                    self.follow(state, stream, show)
                 if self.signal:
                     break
-        if self.step == self.steps:
+        if self.step == self.steps and not self.signal:
             self.conclude(state)
+
+    def follow(self, state: State, stream: Feed, show: Show) -> None:
+        """Whatever is due after a step that has been settled, which may have told of another process's signal.
+
+        Saved before anything else. Once a signal has come there is no time for more; the validation is made up for when
+        the run goes on, the last picture would not be.
+        """
+        step, saving = self.step, bool(self.signal) or self.saves(self.step)
+        if saving:
+            self.save(state, stream)
+        if self.draws(step) and (step == self.steps or not self.signal):
+            show(step, "drawing")
+            self.draw(state)
+        if self.validates(step) and not self.signal:
+            show(step, "validating")
+            self.validate(state)
+            if self.signal and not saving:
+                self.save(state, stream)
+
+    def saves(self, step: int) -> bool:
+        """Whether a step is one after which a checkpoint is written, signals apart."""
+        return step % self.config.checkpoint.every == 0 or step == self.steps
+
+    def save(self, state: State, stream: Feed) -> None:
+        """A checkpoint, after the rows that belong to it."""
+        self.log.sync()
+        self.checkpoints.save(self.step, state, stream.get_state(), self.config)
 
     def conclude(self, state: State) -> None:
         """What follows the last step; done again where a kill may have come before its end."""
@@ -206,7 +205,7 @@ class _Run:
         validation = self.task.validation
         if validation is not None:
             kept = on_host(_same, held_parts(state))
-            self.alone(lambda: validation.finish(self.step, kept))
+            self.alone(lambda heard: validation.finish(self.step, kept))
 
     def settle(self, pending: _Pending, state: State, show: Show) -> None:
         """Waits for a step, checks that it was finite, logs and shows it."""
@@ -237,30 +236,40 @@ class _Run:
     def validate(self, state: State) -> None:
         """Measures on held-out data, unless that has been done: a run stopped by a signal leaves it owing.
 
-        All processes fetch the parameters, the first one alone measures.
+        All processes fetch the parameters, the first one alone measures. A signal that any of them catches meanwhile
+        ends it, and is then in ``signal`` of all.
         """
         if self.validates(self.step):
             kept = on_host(_same, held_parts(state))
-            self.alone(lambda: self.measure(kept))
+            self.signal = self.alone(lambda heard: self.measure(kept, heard))
             self.clock = time.monotonic()
 
-    def measure(self, state: State) -> None:
-        """A row of validation.jsonl, unless it is there."""
+    def measure(self, state: State, heard: Callable[[], int]) -> int:
+        """A row of validation.jsonl, unless it is there; the number of the signal it was given up for, or 0."""
+
+        def check() -> None:
+            if number := heard():
+                raise Stopped(number)
+
         validation, rows = self.task.validation, self.log.validation
         assert validation is not None
         assert rows is not None
         earlier = rows.rows()
         if earlier and earlier[-1]["step"] == self.step:
-            return
-        row = {"step": self.step, **validation.measure(self.step, state, earlier)}
+            return 0
+        try:
+            row = {"step": self.step, **validation.measure(self.step, state, earlier, check)}
+        except Stopped as stopped:
+            return stopped.number
         rows.append(row)
         self.log.scalars({"step": self.step, "validation": row})
+        return 0
 
-    def alone(self, work: Callable[[], None]) -> None:
-        """By the first process; the others wait, however long it takes."""
+    def alone(self, work: Work) -> int:
+        """By the first process; the others wait, however long it takes. See ``processes.first_tells``."""
         self.turns += 1
         with self.dog.resting():
-            first_alone(f"turn {self.turns}", lambda: None if jax.process_index() else work())
+            return first_tells(f"turn {self.turns}", work, self.caught)
 
     def rate(self) -> float:
         """Samples per second."""
@@ -293,16 +302,9 @@ class _Run:
         if rows and jax.process_index() == 0:
             picture = visualise.draw_loss_curve(rows, f"{self.task.name}: loss")
             self.log.png(picture, self.workdir / "loss.png")
+        drawn, rate = self.panel is not None, self.rate()
         return summarise(
-            self.task,
-            self.workdir,
-            rows,
-            self.steps,
-            self.signal,
-            self.rate(),
-            kept,
-            self.panel is not None,
-            self.terminal,
+            self.task, self.workdir, rows, self.steps, self.signal, rate, kept, drawn, self.terminal
         )
 
 

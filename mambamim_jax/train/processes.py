@@ -9,11 +9,11 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 
@@ -22,6 +22,8 @@ from mambamim_jax.settings import DistributedConfig
 from mambamim_jax.train.signals import TRY_AGAIN, interruptible
 
 T = TypeVar("T")
+Work: TypeAlias = Callable[[Callable[[], int]], int | None]
+"""What the first process does alone, see ``first_tells``."""
 FIRST_PORT, PORTS = 61440, 4096
 DAYS = 7 * 24 * 3600 * 1000  # ms
 
@@ -162,26 +164,51 @@ def first_alone(name: str, work: Callable[[], T]) -> T:
 
     Raises: PeerError with the first process's error.
     """
+    done: list[T] = []
+    first_tells(name, lambda heard: done.append(work()))
+    return done[0] if done else work()
+
+
+def first_tells(name: str, work: Work, caught: Sequence[int] = ()) -> int:
+    """work(heard) by the first process, while the others wait, however long; its number, or 0, on all of them.
+
+    Args:
+      name: of the work, once a run.
+      work: ``heard`` gives it the number of a signal that some process has caught, 0 as long as there is none.
+      caught: by this process, see ``signals.caught_signals``; it may grow meanwhile.
+
+    Raises: PeerError with the first process's error.
+    """
     if not several():
-        return work()
+        return work(lambda: caught[0] if caught else 0) or 0
     from jax._src import distributed  # JAX shows the processes' common dictionary nowhere else
 
     client: Any = distributed.global_state.client
-    if jax.process_index():
-        outcome = json.loads(interruptible(lambda: client.blocking_key_value_get(name, DAYS)))
+    index, signals = jax.process_index(), f"{name}/signals/"
+
+    def pass_on() -> None:
+        if caught:
+            client.key_value_set(f"{signals}{index}", str(caught[0]), allow_overwrite=True)
+
+    def heard() -> int:
+        pass_on()
+        return max((int(number) for _, number in client.key_value_dir_get(signals)), default=0)
+
+    if index:
+        outcome = json.loads(interruptible(lambda: client.blocking_key_value_get(name, DAYS), pass_on))
         if outcome["error"]:
             error = PeerError(f"process 0: {outcome['error']}")
             error.exit_code = outcome["exit_code"]  # type: ignore[misc]
             raise error
-        return work()
+        return outcome["told"]
     try:
-        done = work()
+        told = work(heard) or 0
     except Exception as error:
         failure = {"error": str(error) or repr(error), "exit_code": getattr(error, "exit_code", 1)}
         client.key_value_set(name, json.dumps(failure))
         raise
-    client.key_value_set(name, json.dumps({"error": ""}))
-    return done
+    client.key_value_set(name, json.dumps({"error": "", "told": told}))
+    return told
 
 
 def all_agree(ok: bool) -> bool:

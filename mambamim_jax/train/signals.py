@@ -7,12 +7,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 TRY_AGAIN = 75
 """Exit code of a run that has saved and wants to be continued (EX_TEMPFAIL); the batch files requeue on it."""
+TICK = 0.5
+"""Seconds between two looks at what has been caught."""
 PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send before they take a machine away."""
 
@@ -28,8 +31,16 @@ def end_at_once() -> None:
         signal.signal(number, lambda *_: os._exit(TRY_AGAIN))
 
 
-def interruptible(wait: Callable[[], T]) -> T:
-    """wait(), in a thread of its own.
+class Stopped(Exception):
+    """Work is given up for the signal of this number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+def interruptible(wait: Callable[[], T], meanwhile: Callable[[], object] | None = None) -> T:
+    """wait(), in a thread of its own; ``meanwhile`` is called every half second until that returns.
 
     Python acts on a signal in the main thread alone, and there not before a call into a library has returned: one that
     waits for other processes would leave a scheduler's signal lying for minutes.
@@ -43,6 +54,8 @@ def interruptible(wait: Callable[[], T]) -> T:
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
+    while meanwhile and not wait_for([outcome], TICK).done:
+        meanwhile()
     return outcome.result()
 
 

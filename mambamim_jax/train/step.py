@@ -59,8 +59,13 @@ class Validation(Protocol):
     def begin(self) -> None:
         """Called before the first step, and not where a run goes on from a checkpoint."""
 
-    def measure(self, step: int, state: State, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The row for validation.jsonl, JSON-able; ``earlier`` are those before. Numbers also go to TensorBoard."""
+    def measure(
+        self, step: int, state: State, earlier: Sequence[Mapping[str, Any]], check: Callable[[], None]
+    ) -> dict[str, Any]:
+        """The row for validation.jsonl, JSON-able; ``earlier`` are those before. Numbers also go to TensorBoard.
+
+        ``check`` is called every few seconds and raises where the run has to end first: nothing is left behind then.
+        """
 
     def finish(self, step: int, state: State) -> None:
         """Called once after the last step."""

@@ -57,7 +57,7 @@ def summarise(
     losses = [row["loss"] for row in rows] or [float("nan")]
     first, last = float(np.mean(losses[:ENDS])), float(np.mean(losses[-ENDS:]))
     outcome = Outcome(rows[-1]["step"] if rows else 0, steps, first, last, rate, signal)
-    done = "done" if outcome.step >= steps else f"stopped by signal {signal}"
+    done = f"stopped by signal {signal}" if signal else "done"
     took = duration(sum(row["seconds"] for row in rows))
     lines = [
         "",

@@ -63,12 +63,19 @@ class HeldOut:
                 raise unwritable(self.workdir, error) from error
             self.say(f"the models of an earlier run in {self.workdir} are in {aside}")
 
-    def measure(self, step: int, state: State, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def measure(
+        self,
+        step: int,
+        state: State,
+        earlier: Sequence[Mapping[str, Any]],
+        check: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
         """{"mean_dice", "dice": {class: mean over the cases}, "cases": {id: Dice of each class}, "best": bool}.
 
         A class that is neither in a case's label nor predicted there does not count (None); one that is missed, or
         predicted where it is not, has Dice 0. ``mean_dice`` is the mean over the classes of the means over cases.
         "best": whether WORKDIR/best is this network; one that could not be written is not the best for those after.
+        ``check`` is called at every window, what it raises ends the measurement before anything is written.
         """
         params = kept(state)
         window = SlidingWindow(
@@ -76,7 +83,7 @@ class HeldOut:
         )
         names, store = self.data.table.foreground, self.data.held_out
         number = min(self.settings.cases or len(store), len(store))
-        cases = {store.entries[n].id: self._dice(window, params, n) for n in range(number)}
+        cases = {store.entries[n].id: self._dice(window, params, n, check) for n in range(number)}
         by_class = {name: _mean([case[i] for case in cases.values()]) for i, name in enumerate(names)}
         mean = _mean(list(by_class.values()))
         best = max((row["mean_dice"] for row in earlier if row["best"]), default=-1.0)
@@ -103,7 +110,9 @@ class HeldOut:
         same = steps == step and found.keys() == wanted.keys()
         return same and all(np.array_equal(found[name], array) for name, array in wanted.items())
 
-    def _dice(self, window: SlidingWindow, params: Tree, n: int) -> list[float | None]:
+    def _dice(
+        self, window: SlidingWindow, params: Tree, n: int, check: Callable[[], None]
+    ) -> list[float | None]:
         """Dice of each class, or region, in one case; outside the body's box all is background, as in prediction."""
         store, table = self.data.held_out, self.data.table
         image = prepared(np.asarray(store.image(n)[:]), store, self.data.normalisation)
@@ -113,7 +122,7 @@ class HeldOut:
         inside = tuple(slice(*ends) for ends in foreground(image, MARGIN).T)
         axis, body = window.stream_axis(image[inside].shape), label[inside]
         common, found = np.zeros((2, len(wanted)), np.int64)
-        for first, values in window.stream(image[inside], [params]):
+        for first, values in window.stream(image[inside], [params], lambda *_: check()):
             place = tuple(
                 slice(first, first + values.shape[axis]) if a == axis else slice(None) for a in range(3)
             )

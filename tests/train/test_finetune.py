@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from mambamim_jax.model_files import load_model
 from mambamim_jax.settings_finetune import ValidationConfig
 from mambamim_jax.train.logs import read_rows
 from mambamim_jax.train.optim import paths
+from mambamim_jax.train.signals import TRY_AGAIN
 from mambamim_jax.train.validation import HeldOut
 from mambamim_jax.train.weights import load_start
 from mambamim_jax.weight_files import read_arrays
@@ -72,27 +75,34 @@ class Killed(Exception):
 
 @pytest.fixture(scope="module")
 def whole(finetune, phantoms, tmp_path_factory):
-    """A run, and the same one killed after its last step, before that is saved, and continued."""
+    """A run, and the same one killed or stopped by a signal within its first validation, and continued."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     assert finetune(arguments(workdir, phantoms)) == 0
-    killed, measure = workdir.with_name("killed"), HeldOut.measure
+    killed, stopped, measure = workdir.with_name("killed"), workdir.with_name("stopped"), HeldOut.measure
 
-    def die(self, step, state, earlier):
-        if step == 4:
-            raise Killed
-        return measure(self, step, state, earlier)
+    def die(self, step, state, earlier, check):
+        raise Killed
+
+    def stop(self, step, state, earlier, check):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, step, state, earlier, check)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HeldOut, "measure", die)
         with pytest.raises(Killed):
             finetune(arguments(killed, phantoms))
-    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["2"]
-    assert finetune(arguments(killed, phantoms)) == 0
-    return workdir, killed
+        patch.setattr(HeldOut, "measure", stop)
+        assert finetune(arguments(stopped, phantoms)) == TRY_AGAIN
+    for folder in (killed, stopped):
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
+        assert read_rows(folder / "validation.jsonl") == []
+        assert not (folder / "best").exists()
+        assert finetune(arguments(folder, phantoms)) == 0
+    return workdir, killed, stopped
 
 
 def test_everything_is_left_in_the_workdir(whole):
-    workdir, _ = whole
+    workdir, *_ = whole
     rows = read_rows(workdir / "validation.jsonl")
     assert [row["step"] for row in rows] == [2, 4]
     assert len(rows[0]["cases"]) == 1
@@ -108,7 +118,7 @@ def test_everything_is_left_in_the_workdir(whole):
 
 
 def test_the_model_folder_holds_the_average(whole):
-    workdir, _ = whole
+    workdir, *_ = whole
     saved = {n.removeprefix("params/"): a for n, a in read_arrays(workdir).items() if n.startswith("params/")}
     last = paths(load_model(workdir / "last").params)
     assert set(saved) - set(last) == {f"aux/{n}/{part}" for n in (0, 1) for part in ("kernel", "bias")}
@@ -116,15 +126,13 @@ def test_the_model_folder_holds_the_average(whole):
     np.testing.assert_array_equal(last["encoder/mamba/mask_token"], saved["encoder/mamba/mask_token"])
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(whole):
-    workdir, killed = whole
+def test_a_run_that_was_killed_or_stopped_ends_as_if_it_had_not_been(whole):
     losses = [[row["loss"] for row in read_rows(folder / "metrics.jsonl")] for folder in whole]
     assert len(losses[0]) == 4
-    assert losses[0] == losses[1]
-    assert (workdir / "validation.jsonl").read_bytes() == (killed / "validation.jsonl").read_bytes()
-    for name in ("best", "last"):
-        weights = [(folder / name / "model.safetensors").read_bytes() for folder in whole]
-        assert weights[0] == weights[1]
+    assert losses[0] == losses[1] == losses[2]
+    for name in ("validation.jsonl", "best/model.safetensors", "last/model.safetensors"):
+        contents = [(folder / name).read_bytes() for folder in whole]
+        assert contents[0] == contents[1] == contents[2], name
 
 
 def test_another_run_can_start_from_its_model(whole):

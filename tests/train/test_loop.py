@@ -237,6 +237,62 @@ def test_a_signal_saves_before_it_validates(validated, tmp_path):
     assert (tmp_path / "validation.jsonl").read_bytes() == (validated[0] / "validation.jsonl").read_bytes()
 
 
+class Stopping(Held):
+    """A validation in which a signal comes, the first ``times`` that it is begun."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    def measure(self, step, state, earlier, check):
+        if self.times:
+            self.times -= 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        check()
+        return super().measure(step, state, earlier, check)
+
+
+@pytest.mark.parametrize("every", [3, 4])
+def test_a_signal_within_a_validation_saves_and_leaves_it_owing(validated, tmp_path, every):
+    """Whether or not a checkpoint is due at that step; when the run goes on, too."""
+    config = replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, every=every))
+    held = Stopping(times=2)
+    for _ in range(2):
+        outcome, printed = run(tmp_path, config, task=validated_task(held))
+        assert (outcome.signal, outcome.step, held.seen) == (signal.SIGTERM, 4, [])
+        assert "stopped by signal 15: step 4 of 9" in printed
+        assert "4" in [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    outcome, _ = run(tmp_path, config, task=validated_task(held))
+    assert (outcome.signal, held.seen) == (0, [[], [4], [4, 8]])
+    assert losses(tmp_path) == losses(validated[0])
+    assert (tmp_path / "validation.jsonl").read_bytes() == (validated[0] / "validation.jsonl").read_bytes()
+
+
+def test_a_signal_within_the_last_validation_leaves_the_end_owing(validated, tmp_path):
+    held = Stopping(times=0)
+    config = replace(CONFIG, steps=8)
+    run(tmp_path, replace(CONFIG, steps=7), task=validated_task(held))
+    held.times, held.finished = 1, []
+    outcome, printed = run(tmp_path, config, task=validated_task(held))
+    assert (outcome.signal, outcome.step, held.finished) == (signal.SIGTERM, 8, [])
+    assert "stopped by signal 15: step 8 of 8" in printed
+    outcome, printed = run(tmp_path, config, task=validated_task(held))
+    assert (outcome.signal, held.finished) == (0, [8])
+    assert "done: step 8 of 8" in printed
+    assert [row["step"] for row in read_rows(tmp_path / "validation.jsonl")] == [4, 7, 8]
+
+
+def test_a_checkpoint_does_not_wait_for_a_validation(tmp_path):
+    class Dying(Held):
+        def measure(self, step, state, earlier, check):
+            raise Killed
+
+    config = replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, every=4))
+    with pytest.raises(Killed):
+        run(tmp_path, config, task=validated_task(Dying()))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
 @pytest.fixture
 def nothing_cached():
     """JAX would leave half a program in its cache, for other tests to read."""

@@ -90,7 +90,7 @@ class Held:
     def begin(self):
         self.begun += 1
 
-    def measure(self, step, state, earlier):
+    def measure(self, step, state, earlier, check):
         figure = float(sum(np.sum(np.asarray(leaf)) for leaf in jax.tree.leaves(state["ema"])))
         self.seen.append([row["step"] for row in earlier])
         return {"figure": figure, "earlier": self.seen[-1]}
