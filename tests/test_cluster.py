@@ -90,6 +90,37 @@ def test_other_numbers_of_processes_and_devices_go_on_with_the_same_losses(tmp_p
 
 
 @pytest.mark.slow
+def test_a_signal_is_learnt_of_at_a_step_that_is_drawn_and_no_checkpoint_is_due(tmp_path):
+    config = {"steps": 400, "every": 500, "panel_every": 1, "pause": 0.1}
+    codes = stopped_at(tmp_path, config, 2, 1, 5, signal.SIGTERM)
+    assert codes == [75, 75], cluster.printed(tmp_path)[-3000:]
+    done = len(cluster.read_rows(tmp_path / "metrics.jsonl"))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(done)]
+    assert not (tmp_path / "panels" / f"step_{done:07d}.png").exists()
+    assert (tmp_path / "panels" / f"step_{done - 1:07d}.png").exists()
+    assert f"stopped by signal 15: step {done} of 400" in cluster.printed(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_process_that_waits_for_a_validation_ends_it(tmp_path):
+    """Saved before, and validated when the run goes on."""
+    config = {"steps": 8, "every": 4, "validate": 4}
+    (tmp_path / "hold").touch()
+    started = cluster.start(tmp_path, config, 2)
+    while not (tmp_path / "validating").exists() and started[0].poll() is None:
+        time.sleep(0.02)
+    started[1].send_signal(signal.SIGUSR1)
+    assert cluster.end(started, 60) == [75, 75], cluster.printed(tmp_path)[-3000:]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    assert cluster.read_rows(tmp_path / "validation.jsonl") == []
+    (tmp_path / "hold").unlink()
+    assert cluster.end(cluster.start(tmp_path, config, 2)) == [0, 0], cluster.printed(tmp_path)[-3000:]
+    assert [row["earlier"] for row in cluster.read_rows(tmp_path / "validation.jsonl")] == [[], [4]]
+    assert (tmp_path / "finished").exists()
+    cluster.losses(tmp_path, 8)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "flipped bit"])
 def test_two_processes_leave_a_damaged_newest_checkpoint_aside(tmp_path, how):
     config = {"steps": 12, "every": 4}

@@ -18,7 +18,8 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 
 from mambamim_jax.checks import ConfigError
-from mambamim_jax.settings import DistributedConfig
+from mambamim_jax.settings import DistributedConfig, MeshConfig
+from mambamim_jax.train.sharding import make_placement, on_host
 from mambamim_jax.train.signals import TRY_AGAIN, interruptible
 
 T = TypeVar("T")
@@ -215,9 +216,8 @@ def all_agree(ok: bool) -> bool:
     """Whether it is so on every process; each of them has to ask."""
     if not several():
         return ok
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(jax.numpy.asarray(ok)).all())
+    every = make_placement(MeshConfig(), jax.device_count())
+    return bool(on_host(jax.numpy.min, every.flag(ok)))
 
 
 def lost_peer(error: Exception) -> PeerError:
