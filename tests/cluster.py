@@ -54,14 +54,18 @@ def pretrain(workdir, config):
 
 
 def start(workdir, config, processes=1, devices=1, line=tiny):
-    """Starts the processes of one run, ``devices`` each; what they print goes to WORKDIR/log.N.txt."""
+    """Starts the processes of one run; what they print goes to WORKDIR/log.N.txt.
+
+    ``devices``: how many each of them has, or a tuple of how many the first has, the second, and so on.
+    """
     workdir.mkdir(exist_ok=True)
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = compiled.devices(devices)
+    devices = devices if isinstance(devices, tuple) else processes * (devices,)
     environment["PYTHONPATH"] = str(ROOT)
     started, address = [], f"127.0.0.1:{free_port()}"
     name = "coordinator" if line is tiny else "distributed.coordinator"
     for index in range(processes):
+        environment["XLA_FLAGS"] = compiled.devices(devices[index])
         own = {name: address, "distributed.processes": processes, "distributed.process": index}
         with open(workdir / f"log.{index}.txt", "ab") as log:
             arguments = line(workdir, {**config, **(own if processes > 1 else {})})

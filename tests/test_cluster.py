@@ -90,6 +90,19 @@ def test_other_numbers_of_processes_and_devices_go_on_with_the_same_losses(tmp_p
 
 
 @pytest.mark.slow
+def test_processes_with_unequal_numbers_of_devices_save_and_go_on(tmp_path):
+    config = {"steps": 16, "every": 3}
+    assert cluster.end(cluster.start(tmp_path / "one", config)) == [0]
+    expected, workdir = cluster.losses(tmp_path / "one", 16), tmp_path / "many"
+    codes = stopped_at(workdir, {**config, "pause": 0.1}, 2, (1, 3), 4, signal.SIGTERM)
+    assert codes == [75, 75], cluster.printed(workdir)[-3000:]
+    fsdp = {**config, "mesh.fsdp": 2, "panel_every": 8}
+    assert cluster.end(cluster.start(workdir, fsdp, 2, (3, 1))) == [0, 0], cluster.printed(workdir)[-3000:]
+    assert "continuing at step " in cluster.printed(workdir)
+    np.testing.assert_allclose(cluster.losses(workdir, 16), expected, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_signal_is_learnt_of_at_a_step_that_is_drawn_and_no_checkpoint_is_due(tmp_path):
     config = {"steps": 400, "every": 500, "panel_every": 1, "pause": 0.1}
     codes = stopped_at(tmp_path, config, 2, 1, 5, signal.SIGTERM)

@@ -63,10 +63,14 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, settings: CheckpointConfig, say: Callable[[str], None] = print):
         self.folder, self.say = workdir / FOLDER, say
-        if jax.process_index() == 0:
-            self._remove_unfinished()
+        first_alone("checkpoints", lambda: None if jax.process_index() else self._prepare())
+        # Left to itself Orbax lets processes wait for each other by a sum over devices, as many of each process.
+        waiting = {"active_processes": {*range(jax.process_count())}} if several() else {}
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=settings.keep, keep_period=settings.keep_every or None
+            max_to_keep=settings.keep,
+            keep_period=settings.keep_every or None,
+            create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(**waiting),
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
 
@@ -156,6 +160,10 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if not (kind and several()):  # a process that fails can't wait for the others
             self.close()
+
+    def _prepare(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
         """What a killed save left. Orbax would do it in a thread that a run refused right after outlives."""

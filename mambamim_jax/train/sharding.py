@@ -148,8 +148,8 @@ class Placement:
     def flag(self, value: int) -> jax.Array:
         """int32 (devices,): this process's value on each of its devices."""
         sharding = NamedSharding(self.mesh, PartitionSpec(AXES))
-        mine = len(sharding.addressable_devices)
-        return self._global(sharding, np.full(mine, value, np.int32))
+        one = np.full(1, value, np.int32)
+        return jax.make_array_from_callback((self.mesh.size,), sharding, lambda index: one)
 
     def _of_rows(self, sharding: NamedSharding, part: NumpyArray) -> jax.Array:
         """This process's rows, whole, as its devices' share of the global array."""
@@ -162,9 +162,6 @@ class Placement:
             return part[first - mine.start * each : stop - mine.start * each][(slice(None), *index[1:])]
 
         return jax.make_array_from_callback((groups * each, *part.shape[1:]), sharding, piece)
-
-    def _global(self, sharding: NamedSharding, part: NumpyArray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, part)
 
     def whole(self, array: Any) -> jax.Array:
         """A host array, the same on all processes, copied to every device."""
