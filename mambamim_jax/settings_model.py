@@ -55,6 +55,9 @@ def check_width(width: int, key: str, found: object, what: str) -> None:
     require(width > 0 and width % 6 == 0, key, found, expected, f"try {max(1, round(width / 6)) * 6}")
 
 
+ENCODERS = ("hymamba", "vision_mamba")
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """The encoder, which pre-training and fine-tuning share."""
@@ -67,7 +70,7 @@ class EncoderConfig:
     scan: str = "auto"
 
     def check(self, key: str) -> None:
-        one_of(f"{key}.encoder", self.encoder, ("hymamba", "vision_mamba"))
+        one_of(f"{key}.encoder", self.encoder, ENCODERS)
         one_of(f"{key}.dtype", self.dtype, ("float32", "bfloat16"))
         scans = ("auto", "reference", "associative", "sequential", "pallas_triton", "pallas_mosaic")
         one_of(f"{key}.scan", self.scan, scans)

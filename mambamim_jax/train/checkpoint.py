@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.model_files import models
 from mambamim_jax.settings import CheckpointConfig, RunConfig, flat
+from mambamim_jax.settings_model import ENCODERS
 from mambamim_jax.train.optim import paths
 from mambamim_jax.train.processes import all_agree, first_alone, several
 from mambamim_jax.train.sharding import on_host
@@ -250,21 +251,30 @@ def open_checkpoints(workdir: Path, config: RunConfig, say: Callable[[str], None
 def compare(saved: dict[str, Any], config: RunConfig, workdir: Path, say: Callable[[str], None]) -> None:
     """Tells harmless differences to the saved configuration and refuses the others.
 
+    A key that the library did not have when the run was saved had what is its default; those of an encoder that is not
+    in use are harmless.
+
     Raises: ConfigError that names every key that would change what is trained.
     """
-    now = flat(config)
+    now, saved = flat(config), flat(type(config)()) | saved
+    unused = [f"model.{name}" for name in ENCODERS if name != now.get("model.encoder")]
     changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
-    free = {
-        key for key in changed if any(key == name or key.startswith(f"{name}.") for name in config.harmless)
-    }
-    for key in [key for key in changed if key in free and key != "resume"]:
+    free = [key for key in changed if any(f"{key}.".startswith(f"{n}.") for n in (*config.harmless, *unused))]
+    for key in [key for key in free if key != "resume"]:
         say(f"config.{key}: now {now.get(key)!r}, was {saved.get(key)!r} when the run was saved")
+    if _length(now) != _length(saved):
+        say("from here on the learning rate and the weight decay follow the schedule of the new length")
     fatal = [key for key in changed if key not in free]
     if fatal:
         differences = ", ".join(f"{key} {now.get(key)!r} (was {saved.get(key)!r})" for key in fatal)
         keys = "config." + ", config.".join(fatal)
         advice = "take those, or another --workdir for a new run"
         raise ConfigError(keys, f"found {differences}", f"the values of the run in {workdir}", advice)
+
+
+def _length(record: Mapping[str, Any]) -> tuple[int, int]:
+    """What decides how long a run is: its steps, or else its epochs."""
+    return record["steps"], 0 if record["steps"] else record["epochs"]
 
 
 def differences(expected: Mapping[str, int], found: Mapping[str, int]) -> str:

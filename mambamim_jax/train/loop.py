@@ -78,7 +78,9 @@ def train(
     start = restored.step if restored else 0
     if restored:
         stream.resume(restored.data, workdir)
-        terminal.say(f"continuing at step {start} of {steps} from {checkpoints.folder / str(start)}")
+        where = checkpoints.folder / str(start)
+        terminal.say(f"continuing at step {start} of {steps} from {where}" if start < steps else
+                     f"nothing is left to train: {where} is there, and step {steps} is the last")  # fmt: skip
     log = open_log(workdir, start, task.validation is not None, terminal.say)
     names = list(adamw.trained(like["params"]))
     drawn = task.panel and config.log.panel_every

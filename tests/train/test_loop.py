@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 
-from mambamim_jax.checks import ConfigError
 from mambamim_jax.settings import LogConfig
 from mambamim_jax.train.checkpoint import DamagedError
 from mambamim_jax.train.logs import read_rows
@@ -83,6 +82,11 @@ def test_a_finished_run_is_left_as_it_is(whole, tmp_path):
     outcome, printed = run(tmp_path)
     assert outcome.step == 9
     assert "done: step 9 of 9" in printed
+    assert f"nothing is left to train: {tmp_path}/checkpoints/9 is there, and step 9 is the last" in printed
+    assert "schedule" not in printed
+    outcome, printed = run(tmp_path, replace(CONFIG, steps=4))
+    assert outcome.step == 9
+    assert "checkpoints/9 is there, and step 4 is the last" in printed
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -145,29 +149,6 @@ def test_no_whole_checkpoint_is_an_error(tmp_path):
             path.write_bytes(b"")
     with pytest.raises(DamagedError, match="none of the checkpoints"):
         run(tmp_path)
-
-
-def test_resume_policies_and_mismatches(tmp_path):
-    with pytest.raises(ConfigError, match="resume: found no checkpoint"):
-        run(tmp_path, replace(CONFIG, resume="must"))
-    with pytest.raises(Killed):
-        run(tmp_path, loader=TinyLoader(die_at(5)))
-    with pytest.raises(ConfigError, match=r"found a run in .* at step 3"):
-        run(tmp_path, replace(CONFIG, resume="never"))
-    with pytest.raises(ConfigError, match=r"config.seed, config.optim.clip_norm: found seed 7 \(was 0\)"):
-        run(tmp_path, replace(CONFIG, seed=7, optim=replace(CONFIG.optim, clip_norm=1.0)))
-    with pytest.raises(ConfigError, match=r"config.data: saved with 'set', this run has 'other'"):
-        run(tmp_path, loader=TinyLoader(name="other"))
-    outcome, printed = run(tmp_path, replace(CONFIG, steps=4, log=LogConfig(every=1, panel_every=9)))
-    assert outcome.step == 4
-    assert "config.steps: now 4, was 9" in printed
-    assert "config.log.every: now 1, was 2" in printed
-
-
-def test_never_refuses_the_models_of_a_run_without_checkpoints(tmp_path):
-    (tmp_path / "last").mkdir()
-    with pytest.raises(ConfigError, match=r"config.resume: found models of a run in .*: last; expected"):
-        run(tmp_path, replace(CONFIG, resume="never"))
 
 
 def test_panels_can_be_left_out(tmp_path):
