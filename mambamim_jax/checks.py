@@ -31,6 +31,13 @@ def one_of(key: str, found: str, choices: Sequence[str]) -> None:
     require(found in choices, key, found, "one of " + ", ".join(choices), did_you_mean(found, choices))
 
 
+def hu_window(key: str, found: tuple[float, float]) -> None:
+    """Raises ConfigError unless ``found`` is (low, high), and voxels, which are int16, can have both values."""
+    low, high = found
+    expected = "(low, high) in HU, low < high, both from -32768 to 32767"
+    require(-(2**15) <= low < high < 2**15, key, found, expected)
+
+
 def did_you_mean(found: str, choices: Sequence[str]) -> str:
     """A hint at the choice nearest to what was found, or nothing."""
     close = difflib.get_close_matches(found, choices, n=1, cutoff=0.5)

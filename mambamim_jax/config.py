@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import types
 import typing
@@ -124,6 +125,11 @@ def parse_command_line(arguments: Sequence[str], cls: type[T], usage: str) -> tu
     if not given.get("workdir"):
         raise ConfigError("--workdir", "missing", "a folder for this run's checkpoints and logs")
     workdir = home(given["workdir"]).resolve()
+    try:
+        os.fsencode(workdir).decode()
+    except UnicodeDecodeError:
+        expected = "a path in UTF-8, as checkpoints can be written to no other"
+        raise ConfigError("--workdir", f"found {str(workdir)!r}", expected, "rename its folder") from None
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError("--workdir", f"found a file at {workdir}", "a folder, new or of an earlier run")
     return validate(config, cls), workdir

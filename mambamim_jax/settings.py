@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from mambamim_jax.checks import one_of, require
+from mambamim_jax.checks import hu_window, one_of, require
 from mambamim_jax.paths import home
 from mambamim_jax.settings_model import ModelConfig
 from mambamim_jax.types import Size3, Spacing
@@ -60,8 +60,7 @@ class VolumeConfig:
                 require(usable, f"{key}.source", source, "an existing folder or Decathlon .json", advice)
         require(self.phantoms > 0, f"{key}.phantoms", self.phantoms, "at least 1")
         require(min(self.spacing) > 0, f"{key}.spacing", self.spacing, "three positive lengths in mm")
-        low, high = self.window
-        require(low < high, f"{key}.window", self.window, "(low, high) in HU, low < high")
+        hu_window(f"{key}.window", self.window)
         check_crop(self.crop, f"{key}.crop")
         for name in ("crops_per_volume", "volumes_per_batch"):
             require(getattr(self, name) > 0, f"{key}.{name}", getattr(self, name), "at least 1")
@@ -186,7 +185,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the devices are arranged. Their number is the product; one of the sizes may be -1: what is left."""
+    """How the devices are arranged. Their number is the product; data, fsdp or model may be -1: what is left."""
 
     data: int = -1
     """Divides the batch."""

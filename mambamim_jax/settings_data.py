@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mambamim_jax.checks import ConfigError
+from mambamim_jax.checks import ConfigError, hu_window
 from mambamim_jax.types import Spacing
 
 
@@ -36,7 +36,7 @@ class PreprocessConfig:
 
         require(self.source != "", "source", "one or more folders: --source=FOLDER[,FOLDER…]")
         require(min(self.spacing) > 0, "spacing", "three positive lengths in mm")
-        require(self.window[0] < self.window[1], "window", "(low, high) in HU, low < high")
+        hu_window("window", self.window)
         require(
             self.format in ("auto", "nnunet", "decathlon", "folder"),
             "format",

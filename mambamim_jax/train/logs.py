@@ -27,17 +27,17 @@ Failed: TypeAlias = Callable[[Path, OSError], None]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order of their steps; a line cut short by a kill is left out."""
+    """The rows of a metrics.jsonl in order of their steps; a line cut short by a kill, or no row, is left out."""
     return _rows(path.read_bytes()) if path.exists() else []
 
 
 def _rows(lines: bytes) -> list[dict[str, Any]]:
     rows = []
     for line in lines.splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
     return rows
 
 

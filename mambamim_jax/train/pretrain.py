@@ -46,7 +46,7 @@ def pretrain(config: PretrainConfig, workdir: Path, terminal: Terminal | None = 
     check_scan(config.model)
     placement = make_placement(config.mesh, config.data.batch // config.optim.accumulate)
     task = mim_task(config)
-    placement.shardings(jax.eval_shape(task.init, jax.random.key(0)))  # refuses what does not divide
+    placement.shardings(jax.eval_shape(task.init, jax.random.key(0))[0])  # refuses what does not divide
     with claimed(workdir, terminal.say), open_checkpoints(workdir, config, terminal.say) as checkpoints:
         rows = placement.rows(config.data.batch)
         loader = first_alone("data", lambda: prepare_data(config, workdir, terminal, rows))

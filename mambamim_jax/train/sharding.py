@@ -224,7 +224,7 @@ def make_placement(config: MeshConfig, batch: int, devices: Sequence[jax.Device]
     if open_axis and len(devices) % given == 0:
         sizes[open_axis] = len(devices) // given
     elif open_axis or given != len(devices):
-        advice = "set one of config.mesh.{data,fsdp,model,space} to -1 to take what the others leave"
+        advice = "set one of config.mesh.{data,fsdp,model} to -1 to take what the others leave"
         expected = f"sizes whose product is the {len(devices)} devices here"
         raise ConfigError("config.mesh", f"found {asked}", expected, advice)
     parts = math.prod(sizes[axis] for axis in ROWS)

@@ -270,7 +270,7 @@ def explain_non_finite(
       step: updates done, this one counted.
       metrics: of the step that broke.
       names: paths of the trained parameters, in the order of metrics["grad_squares"].
-      state: after it, so with the parameters that it started from.
+      state: after it, or after the next one too: what was not finite before them is not finite still.
       batch: what it was given.
     """
     given = {"batch": batch, "params": state["params"], "batch_stats": state["batch_stats"]}

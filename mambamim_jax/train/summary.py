@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def summarise(
         *([f"  panels       {workdir / 'panels'}"] if drawn else []),
         f"  loss curve   {workdir / 'loss.png'}",
         f"  metrics      {workdir / METRICS}",
-        f"  TensorBoard  tensorboard --logdir {workdir / 'tensorboard'}",
+        f"  TensorBoard  tensorboard --logdir {shlex.quote(str(workdir / 'tensorboard'))}",
     ]
     for line in lines:
         terminal.say(line)

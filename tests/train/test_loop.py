@@ -94,7 +94,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped(whole, tmp_path):
     with pytest.raises(Killed):
         run(tmp_path, loader=TinyLoader(die_at(6)))
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "lo')
+        file.write('5\n[1]\n{"a": 1}\n{"step": true}\n{"step": 5, "lo')
     run(tmp_path)
     assert losses(tmp_path) == losses(whole[0])
 
@@ -152,10 +152,11 @@ def test_no_whole_checkpoint_is_an_error(tmp_path):
 
 
 def test_panels_can_be_left_out(tmp_path):
-    config = replace(CONFIG, steps=2, log=LogConfig(every=1, panel_every=0))
-    _, printed = run(tmp_path, config, task=picture_task())
-    assert not (tmp_path / "panels").exists()
+    config, workdir = replace(CONFIG, steps=2, log=LogConfig(every=1, panel_every=0)), tmp_path / "a run"
+    _, printed = run(workdir, config, task=picture_task())
+    assert not (workdir / "panels").exists()
     assert "  panels  " not in printed
+    assert f"tensorboard --logdir '{workdir}/tensorboard'\n" in printed
 
 
 def test_sigterm_saves_and_ends(whole, tmp_path):

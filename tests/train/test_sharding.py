@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.settings import MeshConfig, PretrainConfig
+from mambamim_jax.train import pretrain
 from mambamim_jax.train.optim import paths
 from mambamim_jax.train.pretrain import mim_task
 from mambamim_jax.train.sharding import divide, make_placement
@@ -140,14 +143,28 @@ def test_sizes_that_do_not_fit_are_one_clear_line():
         ConfigError, match=r"config.mesh: found data 3 × fsdp 1 × model 1; expected .* the 8 devices"
     ):
         make_placement(MeshConfig(data=3), 12, devices)
-    with pytest.raises(ConfigError, match=r"config.mesh: found data -1 × fsdp 3 × model 1"):
+    with pytest.raises(ConfigError, match=r"config.mesh: found data -1 × fsdp 3 × model 1") as refused:
         make_placement(MeshConfig(fsdp=3), 12, devices)
+    (names,) = re.findall(r"set one of config.mesh.{(.*)} to -1", str(refused.value))
+    for name in names.split(","):  # the advice can be taken
+        MeshConfig(**{"data": 1, name: -1}).check("mesh")
     with pytest.raises(ConfigError, match=r"data × fsdp = 8 devices for 12 crops at once"):
         make_placement(MeshConfig(), 12, devices)
     with pytest.raises(
         ConfigError, match=r"config.mesh.model: 8 devices for a/kernel \(4, 12\); .*choose a divisor of 4"
     ):
         divide("a/kernel", (4, 12), sizes(model=8))
+
+
+def test_a_width_that_does_not_divide_is_refused_by_its_path_before_anything_is_done(tmp_path, monkeypatch):
+    def shardings(tree):
+        return {path: divide(path, leaf.shape, sizes(model=7)) for path, leaf in paths(tree).items()}
+
+    placement = SimpleNamespace(shardings=shardings)
+    monkeypatch.setattr(pretrain, "make_placement", lambda *_: placement)
+    with pytest.raises(ConfigError, match=r"config.mesh.model: 7 devices for (decoder|encoder)/"):
+        pretrain.pretrain(PretrainConfig(), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_device_holds_it_all():
