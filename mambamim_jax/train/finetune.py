@@ -33,6 +33,7 @@ from mambamim_jax.train.sharding import make_placement
 from mambamim_jax.train.step import Batch, Task
 from mambamim_jax.train.summary import Outcome
 from mambamim_jax.train.validation import HeldOut, without_heads
+from mambamim_jax.train.volumes import same_volumes
 from mambamim_jax.train.weights import load_start
 from mambamim_jax.train.workdir import claimed
 from mambamim_jax.types import Array, NumpyArray, Tree
@@ -64,6 +65,7 @@ def finetune(config: FinetuneConfig, workdir: Path, terminal: Terminal | None = 
 
         loaded, data = first_alone("data", read)
         loader = make_loader(config, data, placement.rows(config.data.batch))
+        same_volumes(loader, workdir, checkpoints)
         steps = config.total_steps(loader.batches_per_epoch)
         task = segment_task(config, data, workdir, terminal, steps)
         task = dataclasses.replace(task, loaded=loaded)

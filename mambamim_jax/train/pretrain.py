@@ -29,6 +29,7 @@ from mambamim_jax.train.progress import Terminal
 from mambamim_jax.train.sharding import make_placement
 from mambamim_jax.train.step import Batch, Task
 from mambamim_jax.train.summary import Outcome
+from mambamim_jax.train.volumes import same_volumes
 from mambamim_jax.train.workdir import claimed
 from mambamim_jax.types import Array, Tree
 
@@ -50,6 +51,7 @@ def pretrain(config: PretrainConfig, workdir: Path, terminal: Terminal | None = 
     with claimed(workdir, terminal.say), open_checkpoints(workdir, config, terminal.say) as checkpoints:
         rows = placement.rows(config.data.batch)
         loader = first_alone("data", lambda: prepare_data(config, workdir, terminal, rows))
+        same_volumes(loader, workdir, checkpoints)
         return train(task, loader, config, workdir, checkpoints, terminal, placement)
 
 

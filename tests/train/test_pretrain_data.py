@@ -2,7 +2,10 @@
 
 import dataclasses
 import io
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,6 +19,7 @@ from mambamim_jax.data.volume import window_intensity
 from mambamim_jax.settings import DataConfig, PretrainConfig
 from mambamim_jax.train.pretrain import mim_task, prepare_data
 from mambamim_jax.train.progress import Terminal
+from mambamim_jax.train.volumes import VOLUMES, same_volumes
 
 DATA = DataConfig(
     crop=(32, 32, 32), spacing=(6.0, 6.0, 6.0), crops_per_volume=1, volumes_per_batch=2, workers=1
@@ -78,3 +82,34 @@ def test_the_step_windows_what_the_loader_left_in_hu(sources, tmp_path):
     config = PretrainConfig(data=DATA)
     prepared = mim_task(config).prepare({"image": batch["image"]}, jax.random.key(0))
     assert np.array_equal(prepared["image"], window_intensity(batch["image"], DATA.window))
+
+
+def test_volumes_that_have_changed_since_are_named(sources, tmp_path):
+    files = [path for source in sources for path in sorted(source.glob("imagesTr/*.nii.gz"))]
+    data, workdir, saved = tmp_path / "data", tmp_path / "run", []
+    checkpoints = SimpleNamespace(steps=lambda: [len(saved)] * len(saved), meta=lambda _: {"data": saved[-1]})
+
+    def loader_with(names):
+        shutil.rmtree(data, ignore_errors=True)
+        data.mkdir()
+        for name, file in zip(names, files):
+            shutil.copy(file, data / f"{name}.nii.gz")
+        return loader_of(workdir, source=str(data))
+
+    loader = loader_with("abcd")
+    same_volumes(loader, workdir, checkpoints)
+    saved.append(json.loads(json.dumps(iter(loader).get_state())))
+    for names, differs in (
+        ("bacz", r"1 new \(z\), 1 gone \(d\), 2 changed \(a, b\)"),
+        ("z", r"1 new \(z\), 4 gone \(a, b, c, …\)"),
+    ):
+        loader = loader_with(names)
+        with pytest.raises(
+            ConfigError, match=f"config.data: found {differs}; expected the volumes of the run"
+        ):
+            same_volumes(loader, workdir, checkpoints)
+    same_volumes(loader_with("abcd"), workdir, checkpoints)
+    for content in ("5", '{"identity": {"seed": 7}, "volumes": {}}'):  # of another run
+        (workdir / VOLUMES).write_text(content)
+        same_volumes(loader, workdir, checkpoints)  # left to the loader's state
+        assert (workdir / VOLUMES).read_text() == content
