@@ -17,7 +17,7 @@ from typing import Any
 from mambamim_jax.data import arrays, worker
 from mambamim_jax.data.arrays import StoreError
 from mambamim_jax.data.datasets import Case
-from mambamim_jax.data.preprocess import TEMPORARY, dump_json, stamp, write_atomic
+from mambamim_jax.data.preprocess import RECIPE, TEMPORARY, dump_json, stamp, write_atomic
 
 Progress = Callable[[int, int, str], None]
 Record = dict[str, Any]
@@ -95,11 +95,15 @@ def _sources(case: Case) -> tuple[list[str], str | None]:
 
 
 def _current(folder: Path, case: Case) -> Record | None:
-    """A case's record if its files are as they were, and so is its volume; a damaged one is removed."""
+    """A case's record if its files are as they were, and so is its volume; a damaged one is removed.
+
+    With an earlier recipe, all but an image that has no label is done again.
+    """
     record, (images, label) = _load(folder / _record_path(case)), _sources(case)
     if not record or record["stamp"] != stamp([*images, *([label] if label else [])]):
         return None
-    if not _whole(folder, record):
+    image_alone = record["status"] == "used" and record.get("label_status") != "ok"
+    if not _whole(folder, record) or (record.get("recipe", 1) != RECIPE and not image_alone):
         return None
     if record["status"] == "used" and damage(folder, record["volume"], record.get("label_status") == "ok"):
         shutil.rmtree(folder / "volumes" / record["volume"], ignore_errors=True)

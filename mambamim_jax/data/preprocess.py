@@ -33,6 +33,10 @@ HISTOGRAM = (-1024, 2048, 64)
 beyond.
 """
 TEMPORARY = ".partial-"
+RECIPE = 2
+"""Raised with whatever changes in a prepared label map: those of a store made before are then made again. In 1, what
+lay halfway between two voxels went up, and organs at a scan's end were widened.
+"""
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -50,6 +54,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "source": job["source"],
         "image": job["images"][0],
         "label": job["label"],
+        "recipe": RECIPE,
         "stamp": stamp([*job["images"], *([job["label"]] if job["label"] else [])]),
     }
     try:
@@ -87,7 +92,8 @@ def _preprocess(job: dict[str, Any]) -> dict[str, Any]:
     del read  # so that a file's bytes go as soon as they are unpacked
     digest = digests[0] if len(digests) == 1 else _digest_of("".join(digests))
     label_content, label_digest = _read(job["label"]) if job["label"] else (None, "")
-    key = _digest_of(f"{digest}{label_digest}")[:16]
+    made = f"{digest}{label_digest}{RECIPE}" if label_content is not None else digest
+    key = _digest_of(made)[:16]
     folder = Path(job["store"]) / "volumes" / f"{_plain(job['id'])}-{key}"
     if not (folder / "meta.json").is_file():
         parts, meta = (_channels if normalised else _ct)(job, contents, label_content)

@@ -2,7 +2,8 @@
 access.
 
     store.json             version, spacing (mm), window (HU) that counts as foreground
-    volumes/ID-KEY/        one per volume, see ``preprocess``; KEY is a digest of the source files' content
+    volumes/ID-KEY/        one per volume, see ``preprocess``; KEY is a digest of the source files' content, and of
+                           the recipe of labels where there is one
     cases/KEY.json         what became of each source case, so that no file is read twice
     manifest.json          all usable volumes of the store in one file
 

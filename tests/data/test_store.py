@@ -297,7 +297,8 @@ def test_preprocessing_of_a_large_volume_equals_scipy(tmp_path):
     expected = ndimage.map_coordinates(hu.astype(np.float32), where, order=1, mode="nearest")
     assert np.abs(expected - stored[tuple(points)]).max() < 0.51  # stored as whole HU
     nearest = ndimage.map_coordinates(label, where, order=0, mode="nearest")
-    assert np.mean(nearest != kept[tuple(points)]) < 1e-3
+    clear = (np.abs(where - np.floor(where) - 0.5) > 1e-3).all(0)  # halfway between two voxels either will do
+    assert np.mean((nearest != kept[tuple(points)])[clear]) < 1e-3
     for value in (1, 2, 3):
         assert (kept == value).sum() * 1.5**3 == pytest.approx((label == value).sum() * 0.64, rel=0.01)
 
