@@ -130,11 +130,12 @@ def _channels(job: dict[str, Any], contents: list[bytes], label_content: bytes |
     """
     spacing = tuple(job["spacing"])
     images = [nifti.read(path, hu=False, content=c) for path, c in zip(job["images"], contents)]
-    label, refusal = _label(job, label_content, images[0])
-    resampled = [volume.resample(image, spacing, outside=0.0) for image in images]
-    for image, other, path in zip(images, resampled, job["images"]):
-        if other.voxels.shape != resampled[0].voxels.shape or not volume.same_grid(images[0], image):
+    for image, path in zip(images, job["images"]):
+        if not volume.same_grid(images[0], image):
             raise VolumeError("channel_grid", path, f"not on the grid of {Path(job['images'][0]).name}")
+    label, refusal = _label(job, label_content, images[0])
+    images = [volume.on_grid_of(image, images[0]) for image in images]
+    resampled = [volume.resample(image, spacing, outside=0.0) for image in images]
     raw = np.stack([r.voxels for r in resampled], axis=-1)
     inside = (raw != 0).any(axis=-1).view(np.uint8)
     box = volume.foreground_box(inside, 0)
@@ -156,7 +157,8 @@ def _with_label(
     meta |= {"label": refusal or ("ok" if label else "none")}
     if label is not None:
         parts |= {"label": _resample_label(label, tuple(job["spacing"]), job["labels"])}
-        meta |= {"label_values": np.unique(label.voxels).astype(int).tolist()}
+        values = np.unique(label.voxels) * label.slope + label.intercept
+        meta |= {"label_values": np.unique(np.rint(values)).astype(int).tolist()}
     return parts, meta
 
 
@@ -180,8 +182,7 @@ def _label(job: dict[str, Any], content: bytes | None, image: Volume) -> tuple[V
         shapes = ["x".join(map(str, v.voxels.shape)) for v in (label, image)]
         message = f"label grid {shapes[0]} does not cover the image's {shapes[1]} in the same place"
         return None, str(VolumeError("label_grid", job["label"], message))
-    # the image's own affine decides, so that both resample to the same voxels
-    return label, None
+    return volume.on_grid_of(label, image), None
 
 
 def _resample_label(label: Volume, spacing: tuple[float, ...], how: str) -> NumpyArray:

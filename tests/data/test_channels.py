@@ -80,6 +80,19 @@ def test_crops_of_them(prepared):
     assert (anywhere["image"].reshape(4, -1) != 0).any(axis=1).all()
 
 
+def test_channels_within_half_a_millimetre_come_out_on_the_grid_of_the_first(tmp_path):
+    shape, affines = (20, 20, 197), [np.diag([1.0, 1.0, third, 1.0]) for third in (2.002, 2.0)]
+    sizes = {volume.resample(volume.Volume(np.zeros(shape), a), (1.5,) * 3).voxels.shape for a in affines}
+    assert len(sizes) == 2
+    images = [
+        ct_files.write(tmp_path / f"a_000{n}.nii.gz", np.maximum(ct_files.body(shape, seed=n), 0), affine)
+        for n, affine in enumerate(affines)
+    ]
+    case = datasets.Case("a", tuple(images), None, "made up")
+    prepared = store.prepare([case], tmp_path / "store", workers=0, intensity="zscore")
+    assert prepared.image(0).shape[3] == 2
+
+
 def test_what_cannot_be(prepared, tmp_path):
     source = dataset(tmp_path / "source", 1)
     second = source / "imagesTr" / "case_0_0001.nii.gz"
