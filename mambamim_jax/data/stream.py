@@ -8,7 +8,6 @@ give the same samples.
 from __future__ import annotations
 
 import hashlib
-import math
 import multiprocessing
 import os
 import threading
@@ -17,6 +16,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from fractions import Fraction
 from typing import Any
 
 import grain
@@ -89,9 +89,11 @@ class Loader(ABC):
         """Whatever else decides what a sample looks like, in one text."""
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Batches after which every volume has been seen, rounded up."""
-        return math.ceil(len(self.store) / self.volumes_per_batch)
+    def batches_per_epoch(self) -> Fraction:
+        """Batches that as many volumes as there are make; not a whole number where a batch goes on into the next
+        epoch.
+        """
+        return Fraction(len(self.store), self.volumes_per_batch)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +45,7 @@ class Loader(Protocol):
     """What the loop needs of the data."""
 
     @property
-    def batches_per_epoch(self) -> int: ...
+    def batches_per_epoch(self) -> Fraction: ...
     def __iter__(self) -> Stream: ...
 
 
