@@ -27,7 +27,8 @@ class Mix:
 
     @classmethod
     def of(cls, sources: Sequence[str], weights: Mapping[str, float] | None) -> Mix:
-        """Divide an epoch of ``len(sources)`` volumes, where volume ``n`` comes from ``sources[n]``.
+        """Divide an epoch of ``len(sources)`` volumes, where volume ``n`` comes from ``sources[n]``: as close to the
+        weights as whole volumes come, and at least one of each source with a weight.
 
         Args:
             weights: of each source, by path or last part of it; any scale. None: all volumes alike.
@@ -52,6 +53,8 @@ class Mix:
         counts = np.floor(exact).astype(int)
         rest = len(sources) - counts.sum()
         counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
+        for source in np.flatnonzero((counts == 0) & (share > 0)):  # it would never be read at all
+            counts[[source, np.argmax(counts)]] += 1, -1
         members = tuple(tuple(n for n, source in enumerate(sources) if source == name) for name in names)
         return cls(members, tuple(counts.tolist()))
 

@@ -22,8 +22,10 @@ def test_shares_and_coverage(sizes, weights, seed):
     total = len(sources)
     assert sum(mix.shares) == total
     scale = total / sum(given_weights.values())
+    assert min(mix.shares) >= 1
+    rare = sum(weights[n] * scale < 1 for n in range(len(sizes)))  # what they get more comes from the others
     for n, share in enumerate(mix.shares):
-        assert abs(share - weights[n] * scale) < 1
+        assert -1 - rare < share - weights[n] * scale < 1
     drawn = [mix.volume(seed, index) for index in range(total * 6)]
     for n, members in enumerate(mix.members):
         mine = [volume for volume in drawn if volume in members]
@@ -31,6 +33,12 @@ def test_shares_and_coverage(sizes, weights, seed):
         counts = Counter(mine)
         fewest, most = min(counts.get(m, 0) for m in members), max(counts.get(m, 0) for m in members)
         assert most - fewest <= 2  # within an epoch the order of two turns can interleave
+
+
+def test_a_weight_however_small_is_not_none():
+    sources = ["a"] * 3 + ["b"] * 7 + ["c"] * 2
+    assert Mix.of(sources, {"a": 1, "b": 1000, "c": 0}).shares == (1, 11, 0)
+    assert Mix.of(sources, {"a": 1, "b": 1, "c": 1000}).shares == (1, 1, 10)
 
 
 def test_without_weights_every_volume_once_per_epoch():
