@@ -31,9 +31,7 @@ def keep_volumes(resampled: Volume, stored: Volume, tolerance: float = TOLERANCE
     Args:
         resampled: (h, w, d) unsigned integers, on any grid; changed. stored: the map that it was made of.
     """
-    voxels, source = resampled.voxels, stored.voxels
-    if not stored.plain or source.dtype.kind not in "iu":
-        source = stored.values().astype(voxels.dtype)
+    voxels, source = resampled.voxels, stored.labels()
     share = abs(np.linalg.det(stored.affine[:3, :3]) / np.linalg.det(resampled.affine[:3, :3]))
     expected = _counts(source, _parts_within(stored, resampled)) * share
     found = _counts(voxels, [np.ones(n) for n in voxels.shape])

@@ -157,8 +157,7 @@ def _with_label(
     meta |= {"label": refusal or ("ok" if label else "none")}
     if label is not None:
         parts |= {"label": _resample_label(label, tuple(job["spacing"]), job["labels"])}
-        values = np.unique(label.voxels) * label.slope + label.intercept
-        meta |= {"label_values": np.unique(np.rint(values)).astype(int).tolist()}
+        meta |= {"label_values": np.unique(label.labels()).tolist()}
     return parts, meta
 
 

@@ -90,6 +90,12 @@ class Volume:
         """All voxels with slope and intercept applied, float32 (i, j, k)."""
         return self.voxels.astype(np.float32) * np.float32(self.slope) + np.float32(self.intercept)
 
+    def labels(self) -> NumpyArray:
+        """All values of a label map, whole numbers from 0 to 65535: integers (i, j, k), as stored where they can be."""
+        if self.plain and self.voxels.dtype.kind in "iu":
+            return self.voxels
+        return np.rint(self.values()).astype(np.uint16)
+
 
 # ------------------------------------------------------------------------------------------------ geometry
 
@@ -209,8 +215,6 @@ def resample(
 
 
 def _resample_tilted(volume: Volume, spacing: Spacing, label: bool, dtype: type, outside: float) -> Volume:
-    from scipy import ndimage  # slow to import, rarely needed
-
     shape = volume.voxels.shape
     world = (volume.affine @ _corners(shape))[:3]
     low, high = world.min(axis=1), world.max(axis=1)
@@ -218,15 +222,32 @@ def _resample_tilted(volume: Volume, spacing: Spacing, label: bool, dtype: type,
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = low
     to_index = np.linalg.inv(volume.affine) @ affine
+    if label:
+        return Volume(planes.cast(_nearest_tilted(volume.labels(), to_index, size), dtype), affine)
+    from scipy import ndimage  # slow to import, rarely needed
+
     # drawn in by a hair, so that rounding does not put the outermost voxels outside
     middle = (np.array(shape) - 1) / 2
     to_index[:3] *= 1 - 1e-9
     to_index[:3, 3] += 1e-9 * middle
-    fill = 0.0 if label else outside
     moved = ndimage.affine_transform(
-        volume.values(), to_index, output_shape=size, order=0 if label else 1, mode="constant", cval=fill
+        volume.values(), to_index, output_shape=size, order=1, mode="constant", cval=outside
     )
     return Volume(np.ascontiguousarray(planes.cast(moved, dtype)), affine)
+
+
+def _nearest_tilted(labels: NumpyArray, to_index: NumpyArray, size: tuple[int, ...]) -> NumpyArray:
+    """Labels (i, j, k) at the voxels (h, w, d) that ``to_index`` leads from, 0 beyond the first and last centres."""
+    out = np.zeros(size, labels.dtype)
+    grid = np.ogrid[: size[1], : size[2]]
+    for h, plane in enumerate(out):
+        where = [
+            np.round(row[0] * h + row[1] * grid[0] + row[2] * grid[1] + row[3], 3) for row in to_index[:3]
+        ]
+        inside = np.logical_and.reduce([(w >= 0) & (w <= n - 1) for w, n in zip(where, labels.shape)])
+        at = [planes.nearest(w[inside]).astype(np.intp) for w in where]
+        plane[inside] = labels[tuple(at)]
+    return out
 
 
 # ------------------------------------------------------------------------------------------------ intensities
