@@ -57,7 +57,12 @@ def _record_path(case: Case) -> str:
 
 
 def bring_up_to_date(
-    cases: Sequence[Case], folder: Path, spec: dict[str, Any], workers: int | None, progress: Progress | None
+    cases: Sequence[Case],
+    folder: Path,
+    spec: dict[str, Any],
+    workers: int | None,
+    progress: Progress | None,
+    old_labels: bool = False,
 ) -> list[dict[str, Any]]:
     """Preprocess what is missing or changed; the record of every case, in order."""
     for parent in ("volumes", "cases", "."):
@@ -68,7 +73,7 @@ def bring_up_to_date(
     records: dict[str, dict[str, Any]] = {}
     jobs: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda case: _current(folder, case), cases))
+        found = list(pool.map(lambda case: _current(folder, case, old_labels), cases))
     for case, record in zip(cases, found):
         path = _record_path(case)
         if record:
@@ -94,16 +99,16 @@ def _sources(case: Case) -> tuple[list[str], str | None]:
     return images, os.path.abspath(case.label) if case.label else None
 
 
-def _current(folder: Path, case: Case) -> Record | None:
+def _current(folder: Path, case: Case, old_labels: bool) -> Record | None:
     """A case's record if its files are as they were, and so is its volume; a damaged one is removed.
 
-    With an earlier recipe, all but an image that has no label is done again.
+    One of an earlier recipe is done again, unless there is no label or, with ``old_labels``, its own will do.
     """
     record, (images, label) = _load(folder / _record_path(case)), _sources(case)
     if not record or record["stamp"] != stamp([*images, *([label] if label else [])]):
         return None
-    image_alone = record["status"] == "used" and record.get("label_status") != "ok"
-    if not _whole(folder, record) or (record.get("recipe", 1) != RECIPE and not image_alone):
+    will_do = record["status"] == "used" and (old_labels or record.get("label_status") != "ok")
+    if not _whole(folder, record) or (record.get("recipe", 1) != RECIPE and not will_do):
         return None
     if record["status"] == "used" and damage(folder, record["volume"], record.get("label_status") == "ok"):
         shutil.rmtree(folder / "volumes" / record["volume"], ignore_errors=True)

@@ -160,6 +160,7 @@ def prepare(
     encoding: str = "npy",
     intensity: str = "hu",
     labels: str = "volume",
+    old_labels: bool = False,
     report_path: str | Path | None = None,
     max_lost: float = 0.1,
     workers: int | None = None,
@@ -177,6 +178,7 @@ def prepare(
         encoding: ``npy`` (fast) or ``blosc2`` (compact), see ``arrays``. intensity: ``hu``, one channel kept
             as it is; or ``zscore``, any channels, normalised over their non-zero voxels.
         labels: ``nearest`` voxel alone; or ``volume``, with every organ's volume kept, see ``organ_volumes``.
+        old_labels: take those of an earlier recipe, too, in place of making them again: for whom reads none.
         report_path: write one JSON line per case here. max_lost: largest share of cases that may be refused.
         workers: processes; None for one per core and at most eight. progress: called with (done, total, case
             id).
@@ -197,7 +199,7 @@ def prepare(
     try:
         with builder.locked(folder):
             builder.check_spec(folder, spec)
-            records = builder.bring_up_to_date(cases, folder, spec, workers, progress)
+            records = builder.bring_up_to_date(cases, folder, spec, workers, progress, old_labels)
             volumes, report = builder.assemble(folder, records)
             builder.write_manifest(folder, spec)
         store = Store(folder, spec, volumes, report)

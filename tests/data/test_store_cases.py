@@ -43,6 +43,8 @@ def test_label_maps_of_an_earlier_recipe_are_made_again_and_nothing_else(tmp_pat
         assert record.pop("recipe") == 1
         path.write_bytes(preprocess.dump_json(record))  # as the first recipe left it
     assert len(store.open_store(folder)) == 2  # for what reads no labels
+    again = store.prepare(cases, folder, workers=0, old_labels=True)
+    assert [entry.folder for entry in again.entries] == [entry.folder for entry in old.entries]
     seen = []
     new = store.prepare(cases, folder, workers=0, progress=lambda *a: seen.append(a))
     assert seen == [(1, 2, ""), (2, 2, "labelled")]
