@@ -37,10 +37,12 @@ def keep_volumes(resampled: Volume, stored: Volume, tolerance: float = TOLERANCE
     found = _counts(voxels, [np.ones(n) for n in voxels.shape])
     there = ndimage.find_objects(source)
     to_stored = np.linalg.inv(stored.affine) @ resampled.affine
+    # beyond the last centres a straight grid goes on as at its edge; a tilted scan has nothing to give or take
+    beyond = "nearest" if straight_axes(stored.affine, source.shape) else "constant"
     for label in np.flatnonzero(expected[1:]) + 1:
         missing = round(expected[label]) - int(found[label] if label < len(found) else 0)
         if abs(missing) > tolerance * expected[label]:
-            _exchange(voxels, source, int(label), missing, there[label - 1], to_stored)
+            _exchange(voxels, source, int(label), missing, there[label - 1], to_stored, beyond)
 
 
 def _parts_within(stored: Volume, resampled: Volume) -> list[NumpyArray]:
@@ -48,11 +50,11 @@ def _parts_within(stored: Volume, resampled: Volume) -> list[NumpyArray]:
 
     A straight grid repeats the edge to its own end, which may be more; a tilted scan ends at its last centres.
     """
-    shape, found = stored.voxels.shape, straight_axes(stored.affine, stored.voxels.shape)
+    shape, straight = stored.voxels.shape, straight_axes(stored.affine, stored.voxels.shape)
     borders = [np.arange(n + 1) - 0.5 for n in shape]
     for axis, border in enumerate(borders):
         border[0], border[-1] = 0.0, shape[axis] - 1.0
-    for r, (axis, backwards) in enumerate(zip(*found)) if found else ():
+    for r, (axis, backwards) in enumerate(zip(*straight)) if straight else ():
         step = resampled.spacing[r] / abs(stored.affine[r, axis])
         ends = -0.5 * step, (resampled.voxels.shape[r] - 0.5) * step
         borders[axis][[0, -1]] = [shape[axis] - 1.0 - end for end in ends[::-1]] if backwards else ends
@@ -78,6 +80,7 @@ def _exchange(
     missing: int,
     box: tuple[slice, ...],
     to_stored: NumpyArray,
+    beyond: str,
 ) -> None:
     """Give ``missing`` voxels of the background to the organ in ``box`` of ``source``, or take as many from it."""
     low = np.maximum([at.start - 2 for at in box], 0)
@@ -92,7 +95,12 @@ def _exchange(
 
     def membership(inside: NumpyArray) -> NumpyArray:
         return ndimage.affine_transform(
-            inside.astype(np.float32), to_stored[:3, :3], offset, part.shape, order=1, mode="nearest"
+            inside.astype(np.float32),
+            to_stored[:3, :3],
+            offset,
+            part.shape,
+            order=1,
+            mode=beyond,
         )
 
     organ, background = membership(piece == label), membership(piece == 0)

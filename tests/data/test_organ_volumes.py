@@ -48,6 +48,21 @@ def oblique():
     return affine
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_no_organ_is_widened_into_what_a_tilted_scan_does_not_hold(seed):
+    voxels, rng = np.zeros((11, 12, 9), np.uint8), np.random.default_rng(seed)
+    first = rng.integers(0, 6, 3)
+    stop = first + rng.integers(2, 6, 3)
+    voxels[first[0] :, first[1] : stop[1], first[2] : stop[2]] = 1
+    stored = Volume(voxels, oblique())
+    nearest = volume.resample(stored, SPACING, label=True, dtype=np.uint16)
+    changed = np.argwhere(kept(stored).voxels != nearest.voxels)
+    assert len(changed)
+    to_stored = np.linalg.inv(stored.affine) @ nearest.affine
+    index = changed @ to_stored[:3, :3].T + to_stored[:3, 3]
+    assert ((index >= 0) & (index <= np.array(voxels.shape) - 1)).all()
+
+
 @pytest.mark.parametrize("where", [(0, 0, 0), (0, 1, 0), (1, 1, 1)])
 @pytest.mark.parametrize(
     "affine",
