@@ -107,7 +107,7 @@ def _current(folder: Path, case: Case, old_labels: bool) -> Record | None:
     record, (images, label) = _load(folder / _record_path(case)), _sources(case)
     if not record or record["stamp"] != stamp([*images, *([label] if label else [])]):
         return None
-    will_do = record["status"] == "used" and (old_labels or record.get("label_status") != "ok")
+    will_do = record["status"] == "used" and (old_labels or label is None)
     if not _whole(folder, record) or (record.get("recipe", 1) != RECIPE and not will_do):
         return None
     if record["status"] == "used" and damage(folder, record["volume"], record.get("label_status") == "ok"):
