@@ -23,7 +23,9 @@ class Augmentation:
     """How often (a probability per crop) and how much; the published recipe has the first four."""
 
     flip: tuple[float, float, float] = (0.2, 0.2, 0.2)
-    """Along each axis. The first swaps left and right: 0 where the labels tell them apart."""
+    """Along each axis. The first swaps left and right: 0 where the labels tell them apart. A half turn with a flip
+    along its plane's other axis does so, too.
+    """
     rotate: float = 0.2
     """By 90, 180 or 270 degrees in one of the three planes."""
     intensity_scale: float = 0.1
