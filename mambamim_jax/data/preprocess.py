@@ -34,9 +34,7 @@ beyond.
 """
 TEMPORARY = ".partial-"
 RECIPE = 2
-"""Raised with whatever changes in a prepared label map: those of a store made before are then made again. In 1, what
-lay halfway between two voxels went up, and organs at a scan's end were widened.
-"""
+"""Raised with whatever changes in a prepared label map: those of a store made before are then made again."""
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
