@@ -19,7 +19,8 @@ class Mix:
     """An epoch takes ``shares[s]`` volumes from source ``s``, whose volumes are ``members[s]``, in random
     order.
 
-    Every source goes through all of its volumes, in a new order each time, before it repeats one.
+    Every source goes through all of its volumes, in a new order each time, before it repeats one. Sources are in the
+    order in which ``of`` meets them, so that it does not matter what they are called.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -34,19 +35,12 @@ class Mix:
             weights: of each source, by path or last part of it; any scale. None: all volumes alike.
 
         Raises:
-            ValueError: a source without a weight, a weight without a source, or no positive weight.
+            ValueError: a source without a weight or with two, a weight without a source, or no positive weight.
         """
         if weights is None:
             return cls((tuple(range(len(sources))),), (len(sources),))
-        names = sorted(set(sources))
-        known = {name: key for name in names for key in weights if key in (name, PurePath(name).name)}
-        for name in names:
-            if name not in known:
-                raise ValueError(f"no weight for source {name}; weights are given for {', '.join(weights)}")
-        for key in weights:
-            if key not in known.values():
-                raise ValueError(f"weight for {key!r}, but the sources are {', '.join(names)}")
-        share = np.array([float(weights[known[name]]) for name in names])
+        names = list(dict.fromkeys(sources))
+        share = np.array([float(weights[key]) for key in _keys(names, weights)])
         if not np.isfinite(share).all() or (share < 0).any() or share.sum() == 0:
             raise ValueError(f"weights {dict(weights)}, expected numbers of zero or more, not all zero")
         exact = share / share.sum() * len(sources)
@@ -68,6 +62,23 @@ class Mix:
                 return members[int(_order((_MEMBERS, seed, turn, number), len(members))[rank])]
             slot -= share
         raise AssertionError
+
+
+def _keys(names: Sequence[str], weights: Mapping[str, float]) -> list[str]:
+    """Of each source the key of its weight; raises as ``Mix.of``. A slash at the end of either does not matter."""
+    keys = []
+    for name in names:
+        path = PurePath(name)
+        found = [key for key in weights if str(PurePath(key)) in (str(path), path.name)]
+        if not found:
+            raise ValueError(f"no weight for source {name}; weights are given for {', '.join(weights)}")
+        if len(found) > 1:
+            raise ValueError(f"source {name} has {len(found)} weights, of {' and '.join(found)}; give it one")
+        keys += found
+    for key in weights:
+        if key not in keys:
+            raise ValueError(f"weight for {key!r}, but the sources are {', '.join(names)}")
+    return keys
 
 
 @lru_cache(maxsize=64)

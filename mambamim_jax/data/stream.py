@@ -97,13 +97,17 @@ class Loader(ABC):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a saved iterator state must agree with for its samples to be the same."""
+        """What a saved iterator state must agree with for its samples to be the same.
+
+        "sources" says which volumes share which part of an epoch; older states lack it.
+        """
         sampling = f"{self.crops_per_volume} {self.mix.shares} {self.sampling}"
         return {
             "seed": self.seed,
             "volumes_per_batch": self.volumes_per_batch,
             "fingerprint": self.store.fingerprint,
-            "sampling": hashlib.sha256(sampling.encode()).hexdigest()[:16],
+            "sampling": _digest(sampling),
+            "sources": _digest(str(self.mix.members)),
         }
 
     def __iter__(self) -> BatchIterator:
@@ -170,15 +174,19 @@ class BatchIterator(Iterator[dict[str, NumpyArray]]):
         """Go on where ``state`` was taken; threads and processes may differ, the data and the batch may not.
 
         Raises:
-            ValueError: the state belongs to another seed, batch size, data set or way of cropping.
+            ValueError: the state belongs to another seed, batch size, data set, mix of sources or way of cropping.
         """
         for key, expected in self._loader.identity.items():
-            if state.get(key) != expected:
+            if state.get(key, expected if key == "sources" else None) != expected:
                 what = f"{key} {state.get(key)!r}, this run has {expected!r}"
                 raise ValueError(
                     f"iterator state was saved with {what}: resume with the same data and config, or anew"
                 )
         self._start(state["examples"] // self._loader.volumes_per_batch)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _close(batches: list[Any]) -> None:

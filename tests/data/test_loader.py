@@ -129,6 +129,29 @@ def test_refuses_a_state_of_something_else(prepared, tmp_path):
         loader.PretrainLoader(prepared, **OPTIONS, dtype="float16")
 
 
+def sourced(prepared, sources):
+    """A loader of the same volumes, each of another source, drawn from equally often."""
+    volumes = [line | {"source": source} for line, source in zip(prepared.volumes, sources, strict=True)]
+    made = store.Store(prepared.folder, prepared.spec, volumes, prepared.report)
+    return loader.PretrainLoader(made, **OPTIONS, weights=dict.fromkeys(sources, 1.0))
+
+
+def test_goes_on_where_a_source_was_moved_but_not_where_volumes_changed_theirs(prepared):
+    iterator = iter(sourced(prepared, ["/data/a"] * 3 + ["/data/b"] * 4))
+    take(iterator, 2)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = take(iterator, 3)
+    older = {key: value for key, value in state.items() if key != "sources"}
+    for saved in (state, older):
+        moved = iter(sourced(prepared, ["/disk/z"] * 3 + ["/data/b"] * 4))
+        moved.set_state(saved)
+        assert equal(take(moved, 3), expected)
+    divided = sourced(prepared, ["/data/a"] * 4 + ["/data/b"] * 3)
+    assert divided.mix.shares == moved._loader.mix.shares
+    with pytest.raises(ValueError, match=r"^iterator state was saved with sources"):
+        iter(divided).set_state(state)
+
+
 def test_flips_and_window_reach_the_crop(prepared):
     whole = {**OPTIONS, "crop": (64, 64, 64), "crops_per_volume": 1, "volumes_per_batch": 1}
     plain = next(iter(loader.PretrainLoader(prepared, **whole, flip=(0, 0, 0))))["image"][0, ..., 0]

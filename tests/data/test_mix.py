@@ -47,11 +47,29 @@ def test_without_weights_every_volume_once_per_epoch():
         assert sorted(mix.volume(0, epoch * 7 + n) for n in range(7)) == list(range(7))
 
 
+def test_the_names_of_sources_do_not_matter_but_their_order():
+    sizes, weights = (3, 5, 2), (2.0, 1.0, 4.0)
+    drawn = []
+    for names in (("/data/a", "/data/b", "/data/c"), ("/disk/z", "/data/b", "/a/m"), ("c", "b", "a")):
+        sources = [name for name, size in zip(names, sizes) for _ in range(size)]
+        mix = Mix.of(sources, dict(zip(names, weights)))
+        assert mix.members == ((0, 1, 2), (3, 4, 5, 6, 7), (8, 9))
+        drawn.append([mix.volume(1, index) for index in range(30)])
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+@pytest.mark.parametrize("key", ["/data/one", "/data/one/", "one", "one/"])
+@pytest.mark.parametrize("name", ["/data/one", "/data/one/"])
+def test_a_slash_at_the_end_does_not_matter(name, key):
+    assert Mix.of([name, "/data/two"], {"two": 0.0, key: 1.0}).shares == (2, 0)
+
+
 def test_what_does_not_fit_is_refused():
     sources = ["/data/one", "/data/two"]
     for weights, words in (
         ({"one": 1.0}, "no weight for source /data/two"),
         ({"one": 1.0, "two": 1.0, "three": 1.0}, "weight for 'three'"),
+        ({"one": 1.0, "/data/one": 2.0, "two": 1.0}, "source /data/one has 2 weights, of one and /data/one"),
         ({"one": 0.0, "two": 0.0}, "not all zero"),
         ({"one": -1.0, "two": 1.0}, "zero or more"),
     ):
