@@ -54,7 +54,7 @@ class VolumeConfig:
     def check(self, key: str) -> None:
         if self.source != PHANTOMS:
             advice = f'pass --config.{key}.source=FOLDER, or "{PHANTOMS}" for generated volumes'
-            require(self.source != "", f"{key}.source", self.source, "a folder with CT volumes", advice)
+            require(self.sources != [], f"{key}.source", self.source, "a folder with CT volumes", advice)
             for source in self.sources:
                 found = home(source)
                 usable = found.is_dir() or (found.is_file() and found.suffix == ".json")
@@ -104,6 +104,7 @@ class DataConfig(VolumeConfig):
         weights: dict[str, float] = {}
         for part in filter(str.strip, self.weights.split(",")):
             name, _, number = (text.strip() for text in part.rpartition("="))
+            require(name not in weights, key, part, "each name once", "leave one of its weights out")
             try:
                 weights[name] = float(number)
             except ValueError:
