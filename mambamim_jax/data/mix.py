@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import PurePath
 
 import numpy as np
@@ -52,6 +53,11 @@ class Mix:
         members = tuple(tuple(n for n, source in enumerate(sources) if source == name) for name in names)
         return cls(members, tuple(counts.tolist()))
 
+    @cached_property
+    def division(self) -> str:
+        """Digest of which volumes belong together."""
+        return hashlib.sha256(str(self.members).encode()).hexdigest()[:16]
+
     def volume(self, seed: int, index: int) -> int:
         """The volume that sample ``index``, counted from the start of training, reads."""
         epoch, place = divmod(index, sum(self.shares))
@@ -65,11 +71,15 @@ class Mix:
 
 
 def _keys(names: Sequence[str], weights: Mapping[str, float]) -> list[str]:
-    """Of each source the key of its weight; raises as ``Mix.of``. A slash at the end of either does not matter."""
+    """Of each source the key of its weight: its path or, without one, its last part; raises as ``Mix.of``.
+
+    A slash at the end does not matter.
+    """
     keys = []
     for name in names:
         path = PurePath(name)
-        found = [key for key in weights if str(PurePath(key)) in (str(path), path.name)]
+        found = [key for key in weights if PurePath(key) == path]
+        found = found or [key for key in weights if str(PurePath(key)) == path.name]
         if not found:
             raise ValueError(f"no weight for source {name}; weights are given for {', '.join(weights)}")
         if len(found) > 1:

@@ -106,8 +106,8 @@ class Loader(ABC):
             "seed": self.seed,
             "volumes_per_batch": self.volumes_per_batch,
             "fingerprint": self.store.fingerprint,
-            "sampling": _digest(sampling),
-            "sources": _digest(str(self.mix.members)),
+            "sampling": hashlib.sha256(sampling.encode()).hexdigest()[:16],
+            "sources": self.mix.division,
         }
 
     def __iter__(self) -> BatchIterator:
@@ -183,10 +183,6 @@ class BatchIterator(Iterator[dict[str, NumpyArray]]):
                     f"iterator state was saved with {what}: resume with the same data and config, or anew"
                 )
         self._start(state["examples"] // self._loader.volumes_per_batch)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _close(batches: list[Any]) -> None:

@@ -64,12 +64,18 @@ def test_a_slash_at_the_end_does_not_matter(name, key):
     assert Mix.of([name, "/data/two"], {"two": 0.0, key: 1.0}).shares == (2, 0)
 
 
+def test_a_path_goes_before_the_last_part_of_it():
+    assert Mix.of(["/data/one", "/disk/one"], {"/disk/one": 1.0, "one": 0.0}).shares == (0, 2)
+    assert Mix.of(["/data/one", "/disk/one"], {"one": 0.0, "/disk/one": 1.0}).shares == (0, 2)
+
+
 def test_what_does_not_fit_is_refused():
     sources = ["/data/one", "/data/two"]
     for weights, words in (
         ({"one": 1.0}, "no weight for source /data/two"),
         ({"one": 1.0, "two": 1.0, "three": 1.0}, "weight for 'three'"),
-        ({"one": 1.0, "/data/one": 2.0, "two": 1.0}, "source /data/one has 2 weights, of one and /data/one"),
+        ({"one": 1.0, "one/": 2.0, "two": 1.0}, "source /data/one has 2 weights, of one and one/"),
+        ({"one": 1.0, "/data/one": 2.0, "two": 1.0}, "weight for 'one', but the sources are"),
         ({"one": 0.0, "two": 0.0}, "not all zero"),
         ({"one": -1.0, "two": 1.0}, "zero or more"),
     ):
