@@ -15,7 +15,7 @@ class Setting(NamedTuple):
     spacing: tuple[float, float, float] = (1.5, 1.5, 1.5)
     normalisation: str = "window"
     sided: bool = False
-    """Whether labels tell left from right: then crops are not mirrored across that plane."""
+    """Whether labels tell left from right: then crops are not flipped along that axis."""
 
 
 SETTINGS = {
@@ -62,8 +62,9 @@ def get_config(preset: str = "recipe") -> ConfigDict:
         msd_hepatic_vessel   vessel, tumour, five folds [no figure]
         msd_pancreas         pancreas, cancer, five folds [no figure]
 
-    Ours, too: no mirroring across the plane between left and right in btcv, amos22 and openkbp, whose labels tell them
-    apart. --config.data.fold=N picks a fold. Every preset takes --config.model.encoder=vision_mamba. Run a command
+    Ours, too: no flips between left and right in btcv, amos22 and openkbp, whose labels tell them apart. A half turn
+    and a flip along another axis still make a mirror image of 0.7% of the crops; --config.augment.rotate=0 of none.
+    --config.data.fold=N picks a fold. Every preset takes --config.model.encoder=vision_mamba. Run a command
     again to continue where it stopped.
     """
     config = defaults(FinetuneConfig)

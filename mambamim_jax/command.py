@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.config import HelpRequested, parse_command_line
+from mambamim_jax.device_memory import exhausted
 from mambamim_jax.settings import RunConfig
 
 C = TypeVar("C", bound=RunConfig)
@@ -23,8 +24,9 @@ def run_training(arguments: list[str], kind: type[C], usage: str, work: Callable
         what takes long to import it imports itself, so that a wrong argument is told at once.
 
     Returns:
-      the exit code: 0; 2 settings or data that cannot work; 3 a loss that is not finite; 4 no readable checkpoint;
-      75 saved and to be started again (SIGTERM, SIGUSR1, or another process or a device is gone); 130 Ctrl-C.
+      the exit code: 0; 2 settings or data that cannot work, or need more memory than a device has; 3 a loss that is not
+      finite; 4 no readable checkpoint; 75 saved and to be started again (SIGTERM, SIGUSR1, or another process or a
+      device is gone); 130 Ctrl-C.
     """
     try:
         config, workdir = parse_command_line(arguments, kind, usage)
@@ -60,10 +62,22 @@ def run_training(arguments: list[str], kind: type[C], usage: str, work: Callable
     except told as error:
         return processes.leave(_fail(error))
     except jax.errors.JaxRuntimeError as error:
+        if wanted := exhausted(error):
+            return processes.leave(_fail(_too_large(config, wanted)))
         if not processes.several():
             raise
         return processes.leave(_fail(processes.lost_peer(error)))
     return signals.exit_code(outcome.signal)
+
+
+def _too_large(config: Any, wanted: str) -> MemoryError:
+    """The error of a device's memory, with the settings that need less of it."""
+    accumulate = config.optim.accumulate
+    crops = f"{config.data.batch // accumulate} crops of {' × '.join(map(str, config.data.crop))} voxels"
+    less = ["config.model.dtype=bfloat16"] if config.model.dtype != "bfloat16" else []
+    less += ["config.remat=dots"] if config.remat == "none" else []
+    less += [f"a larger config.optim.accumulate than {accumulate}", "more devices"]
+    return MemoryError(f"{wanted} on a device, for {crops} at once; what needs less: {', '.join(less)}")
 
 
 def _fail(error: Exception) -> int:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, ClassVar
 
 from mambamim_jax.checks import hu_window, one_of, require
@@ -53,7 +54,7 @@ class VolumeConfig:
     def check(self, key: str) -> None:
         if self.source != PHANTOMS:
             advice = f'pass --config.{key}.source=FOLDER, or "{PHANTOMS}" for generated volumes'
-            require(self.source != "", f"{key}.source", self.source, "a folder with CT volumes", advice)
+            require(self.sources != [], f"{key}.source", self.source, "a folder with CT volumes", advice)
             for source in self.sources:
                 found = home(source)
                 usable = found.is_dir() or (found.is_file() and found.suffix == ".json")
@@ -102,6 +103,7 @@ class DataConfig(VolumeConfig):
         weights: dict[str, float] = {}
         for part in filter(str.strip, self.weights.split(",")):
             name, _, number = (text.strip() for text in part.rpartition("="))
+            require(name not in weights, key, part, "each name once", "leave one of its weights out")
             try:
                 weights[name] = float(number)
             except ValueError:
@@ -233,8 +235,9 @@ class RunConfig:
 
     seed: int = 0
     epochs: int = 100
-    """Passes over the volumes; 0 where ``steps`` is given."""
+    """Passes over the volumes, to the end of a batch; 0 where ``steps`` is given."""
     steps: int = 0
+    """Updates of the whole run. Where it goes on with another length, the schedules are those of that length."""
     resume: str = "auto"
     """auto: continue the workdir's run if there is one; must; never: refuse a workdir with a run in it."""
     remat: str = "none"
@@ -246,14 +249,8 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     harmless: ClassVar[tuple[str, ...]] = (
-        "epochs",
-        "steps",
-        "resume",
-        "remat",
-        "log",
-        "checkpoint",
-        "mesh",
-        "distributed",
+        *("epochs", "steps", "resume", "remat"),
+        *("log", "checkpoint", "mesh", "distributed"),
     )
     """Keys and sections that may differ when a run is continued."""
 
@@ -265,9 +262,9 @@ class RunConfig:
         one_of("resume", self.resume, ("auto", "never", "must"))
         one_of("remat", self.remat, ("none", "dots"))
 
-    def total_steps(self, batches_per_epoch: int) -> int:
-        """Updates of the whole run."""
-        return self.steps or self.epochs * batches_per_epoch
+    def total_steps(self, batches_per_epoch: Fraction | int) -> int:
+        """Updates of the whole run. A batch may end one epoch and begin the next: only the last one is rounded up."""
+        return self.steps or math.ceil(self.epochs * batches_per_epoch)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,11 @@ class PreprocessConfig:
             if not ok:
                 raise ConfigError(f"config.{name}", f"found {getattr(self, name)!r}", expected)
 
-        require(self.source != "", "source", "one or more folders: --source=FOLDER[,FOLDER…]")
+        require(
+            self.source.replace(",", " ").strip() != "",
+            "source",
+            "one or more folders: --source=FOLDER[,FOLDER…]",
+        )
         require(min(self.spacing) > 0, "spacing", "three positive lengths in mm")
         hu_window("window", self.window)
         require(

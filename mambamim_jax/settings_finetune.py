@@ -102,7 +102,7 @@ class LossConfig:
     background_weight: float = 1.0
     """Of background voxels in the cross-entropy (labels, not regions): below 1, small organs are found sooner."""
     batch: bool = False
-    """Dice of the whole batch at once rather than of each crop: steadier where a crop holds few classes."""
+    """Dice of a whole (micro-)batch at once rather than of each crop: steadier where a crop holds few classes."""
 
     def check(self, key: str) -> None:
         ok = self.dice >= 0 and self.cross_entropy >= 0 and self.dice + self.cross_entropy > 0

@@ -25,10 +25,14 @@ COMMANDS = [
 
 
 def test_python_cells_parse():
-    python = [cell for cell in CELLS if not cell.lstrip().startswith(("!", "%"))]
-    assert python
-    for cell in python:
-        compile(cell, "cell", "exec")
+    for cell in CELLS:
+        lines = cell.replace("\\\n", "").splitlines()
+        compile("\n".join(line for line in lines if not line.startswith(("!", "%"))), "cell", "exec")
+
+
+def test_the_kernel_leaves_the_gpu_to_the_commands():
+    """An open process of JAX keeps most of a GPU's memory."""
+    assert not any(re.search(r"^\s*(import|from) (jax|mambamim_jax)", cell, re.MULTILINE) for cell in CELLS)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])

@@ -3,6 +3,7 @@ import pytest
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.config import HelpRequested, parse_command_line
 from mambamim_jax.settings import PretrainConfig, flat
+from mambamim_jax.settings_data import PreprocessConfig
 
 DEMO = "--config=configs/pretrain.py:demo"
 
@@ -83,6 +84,7 @@ WRONG = {
     "--config.data.crop=(48,50,48)": r"crop: found \(48, 50, 48\); .* stride 16; try \(48, 48, 48\)",
     "--config.data.crop=(48,48)": r"crop: found \(48, 48\) .*; expected 3 integers",
     "--config.data.source=/no/such/folder": "source: found '/no/such/folder'; expected an existing folder",
+    "--config.data.weights=a=1,a=2": "data.weights: found 'a=2'; expected each name once",
     "--config.data.weights=a": "data.weights: found 'a'; expected NAME=NUMBER",
     "--config.data.weights=a=1,b=x": "data.weights: found 'b=x'; expected NAME=NUMBER",
     "--config.data.weights=a=1,b=nan": "data.weights: found 'b=nan'; expected a finite number, zero or more",
@@ -120,6 +122,14 @@ def test_what_is_wrong_is_one_line(argument):
         parse(*argument.split())
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("source", ["", " ", ",", " , "])
+def test_no_source_at_all_is_named(source):
+    with pytest.raises(ConfigError, match=f"data.source: found '{source}'; expected a folder"):
+        parse(f"--config.data.source={source}")
+    with pytest.raises(ConfigError, match=f"source: found '{source}'; expected one or more folders"):
+        PreprocessConfig(source=source).check("")
 
 
 def test_a_missing_flag_is_named():

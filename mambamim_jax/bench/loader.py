@@ -49,7 +49,7 @@ class Reading:
             workers=workers,
             dtype=dtype,
         )
-        self._batches, self._cold = self._loader.batches_per_epoch if cold else batches, cold
+        self._batches, self._cold = int(self._loader.batches_per_epoch) if cold else batches, cold
         self._examples = 0
         self._iterator: Any = None
 

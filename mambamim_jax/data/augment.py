@@ -11,6 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from mambamim_jax.data import crop
+from mambamim_jax.data.planes import nearest
 from mambamim_jax.types import NumpyArray, Size3
 
 PLANES = ((0, 1), (0, 2), (1, 2))
@@ -22,7 +23,9 @@ class Augmentation:
     """How often (a probability per crop) and how much; the published recipe has the first four."""
 
     flip: tuple[float, float, float] = (0.2, 0.2, 0.2)
-    """Along each axis. The first swaps left and right: 0 where the labels tell them apart."""
+    """Along each axis. The first swaps left and right: 0 where the labels tell them apart. A half turn with a flip
+    along its plane's other axis does so, too.
+    """
     rotate: float = 0.2
     """By 90, 180 or 270 degrees in one of the three planes."""
     intensity_scale: float = 0.1
@@ -90,7 +93,9 @@ def zoom(array: NumpyArray, size: Size3, *, label: bool = False) -> NumpyArray:
             continue
         where = np.clip((np.arange(n) + 0.5) * (old / n) - 0.5, 0.0, old - 1.0)
         if label:
-            array = array.take(np.floor(where + 0.5).astype(np.intp), axis)
+            # about its own index, as what lies halfway has every time the same parity: it then goes up and down in turn
+            index = np.arange(n)
+            array = array.take((nearest(where - index) + index).astype(np.intp), axis)
             continue
         low = np.minimum(where.astype(np.intp), max(old - 2, 0))
         share = (where - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(array.ndim)])

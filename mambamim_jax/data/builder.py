@@ -17,7 +17,7 @@ from typing import Any
 from mambamim_jax.data import arrays, worker
 from mambamim_jax.data.arrays import StoreError
 from mambamim_jax.data.datasets import Case
-from mambamim_jax.data.preprocess import TEMPORARY, dump_json, stamp, write_atomic
+from mambamim_jax.data.preprocess import RECIPE, TEMPORARY, dump_json, stamp, write_atomic
 
 Progress = Callable[[int, int, str], None]
 Record = dict[str, Any]
@@ -57,7 +57,12 @@ def _record_path(case: Case) -> str:
 
 
 def bring_up_to_date(
-    cases: Sequence[Case], folder: Path, spec: dict[str, Any], workers: int | None, progress: Progress | None
+    cases: Sequence[Case],
+    folder: Path,
+    spec: dict[str, Any],
+    workers: int | None,
+    progress: Progress | None,
+    old_labels: bool = False,
 ) -> list[dict[str, Any]]:
     """Preprocess what is missing or changed; the record of every case, in order."""
     for parent in ("volumes", "cases", "."):
@@ -68,7 +73,7 @@ def bring_up_to_date(
     records: dict[str, dict[str, Any]] = {}
     jobs: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda case: _current(folder, case), cases))
+        found = list(pool.map(lambda case: _current(folder, case, old_labels), cases))
     for case, record in zip(cases, found):
         path = _record_path(case)
         if record:
@@ -94,12 +99,16 @@ def _sources(case: Case) -> tuple[list[str], str | None]:
     return images, os.path.abspath(case.label) if case.label else None
 
 
-def _current(folder: Path, case: Case) -> Record | None:
-    """A case's record if its files are as they were, and so is its volume; a damaged one is removed."""
+def _current(folder: Path, case: Case, old_labels: bool) -> Record | None:
+    """A case's record if its files are as they were, and so is its volume; a damaged one is removed.
+
+    One of an earlier recipe is done again, unless there is no label or, with ``old_labels``, its own will do.
+    """
     record, (images, label) = _load(folder / _record_path(case)), _sources(case)
     if not record or record["stamp"] != stamp([*images, *([label] if label else [])]):
         return None
-    if not _whole(folder, record):
+    will_do = record["status"] == "used" and (old_labels or label is None)
+    if not _whole(folder, record) or (record.get("recipe", 1) != RECIPE and not will_do):
         return None
     if record["status"] == "used" and damage(folder, record["volume"], record.get("label_status") == "ok"):
         shutil.rmtree(folder / "volumes" / record["volume"], ignore_errors=True)

@@ -58,6 +58,10 @@ def discover(source: str | Path, format: str = "auto") -> list[Case]:
         raise DatasetError(f"{source}: no such file or folder; give a data set's folder or its .json")
     kind = _recognise(source) if format == "auto" else format
     cases = {"nnunet": _nnunet, "decathlon": _decathlon, "folder": _folder}[kind](source)
+    if not cases and (source / "store.json").is_file():
+        raise DatasetError(
+            f"{source}: is a store, expected a data set; name a store alone, or preprocess all data sets into one"
+        )
     if not cases:
         raise DatasetError(f"{source}: no .nii or .nii.gz images found ({kind} layout)")
     cases = [replace(case, id=printable(case.id)) for case in cases]

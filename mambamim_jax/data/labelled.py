@@ -80,7 +80,10 @@ class LabelledLoader(Loader):
         image, label = self.store.image(volume), self.store.label(volume)
         where = augment.draw_placement(rng, self.how, self.crop)
         box, _ = self.store.foreground(volume, self.low)
-        start = crops.crop_start(self._centre(rng, volume, image, label), where.extent, box)
+        centre = self._centre(rng, volume, image, label)
+        # a label may lie in the air beyond the body
+        box = np.stack([np.minimum(box[0], centre), np.maximum(box[1], centre + 1)])
+        start = crops.crop_start(centre, where.extent, box)
         fill = 0 if self.store.normalised else math.floor(self.low)
         raw = crops.take(image, start, where.extent, fill)
         known = crops.take(label, start, where.extent, 0)

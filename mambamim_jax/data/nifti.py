@@ -26,6 +26,10 @@ EXTENT_RANGE = (5.0, 4000.0)
 HU_CEILING = 32767.0
 HU_AIR = -200.0
 """A CT of any body part has some voxel below this (air, or fat's lower tail): what has none is not in HU."""
+LABEL_TOLERANCE = 1e-3
+"""How far a label's value may lie from a whole number: slope and intercept of a file that was written as floats leave
+as much.
+"""
 _UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 _GZIP_MAX_RATIO = 1100  # deflate can't expand more than 1032-fold
 
@@ -278,12 +282,11 @@ def _check_hu(volume: Volume, path: Path, low: float) -> None:
 
 def _check_labels(volume: Volume, path: Path) -> None:
     lowest, highest = _range(volume, path)
-    whole = volume.voxels.dtype.kind in "iu" and volume.slope == 1 and volume.intercept == 0
-    if (
-        lowest < 0
-        or highest > 65535
-        or not (whole or np.array_equal(volume.values(), np.rint(volume.values())))
-    ):
+    off = 0.0
+    if not (volume.plain and volume.voxels.dtype.kind in "iu"):
+        values = volume.values()
+        off = float(np.abs(values - np.rint(values)).max())
+    if round(lowest) < 0 or round(highest) > 65535 or off > LABEL_TOLERANCE:
         raise VolumeError(
             "not_labels", path, f"values from {lowest:g} to {highest:g}, expected whole 0 to 65535"
         )

@@ -8,10 +8,12 @@ interpolation is least sure of first, until the volume is right. All else stays 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import ndimage
 
-from mambamim_jax.data.volume import Volume
+from mambamim_jax.data.volume import Volume, straight_axes
 from mambamim_jax.types import NumpyArray
 
 TOLERANCE = 0.005
@@ -21,31 +23,53 @@ TOLERANCE = 0.005
 def keep_volumes(resampled: Volume, stored: Volume, tolerance: float = TOLERANCE) -> None:
     """Put right, in place, the volume of every label that resampling changed by more than ``tolerance``.
 
-    A label's volume is that of its voxels in the whole stored map, mm³. Only voxels less than a stored voxel from
-    the organ's border with the background change; an organ that has too little of that stays as it is nearest.
+    A label's volume is that of its voxels in the stored map, mm³, the outermost ones counted by as much of them as
+    the resampled grid has: it leaves out most of the outer half of a thick end slice, and an organ that goes on beyond
+    the scan must not be widened to make up for that. Only voxels less than a stored voxel from the organ's border with
+    the background change; an organ that has too little of that stays as it is nearest.
 
     Args:
         resampled: (h, w, d) unsigned integers, on any grid; changed. stored: the map that it was made of.
     """
-    voxels, source = resampled.voxels, stored.voxels
-    if not stored.plain or source.dtype.kind not in "iu":
-        source = stored.values().astype(voxels.dtype)
+    voxels, source = resampled.voxels, stored.labels()
     share = abs(np.linalg.det(stored.affine[:3, :3]) / np.linalg.det(resampled.affine[:3, :3]))
-    expected, found = _counts(source) * share, _counts(voxels)
+    expected = _counts(source, _parts_within(stored, resampled)) * share
+    found = _counts(voxels, [np.ones(n) for n in voxels.shape])
     there = ndimage.find_objects(source)
     to_stored = np.linalg.inv(stored.affine) @ resampled.affine
+    # beyond the last centres a straight grid goes on as at its edge; a tilted scan has nothing to give or take
+    beyond = "nearest" if straight_axes(stored.affine, source.shape) else "constant"
     for label in np.flatnonzero(expected[1:]) + 1:
         missing = round(expected[label]) - int(found[label] if label < len(found) else 0)
         if abs(missing) > tolerance * expected[label]:
-            _exchange(voxels, source, int(label), missing, there[label - 1], to_stored)
+            _exchange(voxels, source, int(label), missing, there[label - 1], to_stored, beyond)
 
 
-def _counts(labels: NumpyArray) -> NumpyArray:
-    """Voxels of each value; a slice at a time, for bincount widens what it counts to int64."""
-    count = np.zeros(int(labels.max(initial=0)) + 1, np.int64)
-    for part in np.moveaxis(labels, int(np.argmax(labels.strides)), 0):
-        few = np.bincount(part.ravel())
-        count[: len(few)] += few
+def _parts_within(stored: Volume, resampled: Volume) -> list[NumpyArray]:
+    """For each stored axis, how many times its own width a voxel takes up in the resampled grid: 1 but at the ends.
+
+    A straight grid repeats the edge to its own end, which may be more; a tilted scan ends at its last centres.
+    """
+    shape, straight = stored.voxels.shape, straight_axes(stored.affine, stored.voxels.shape)
+    borders = [np.arange(n + 1) - 0.5 for n in shape]
+    for axis, border in enumerate(borders):
+        border[0], border[-1] = 0.0, shape[axis] - 1.0
+    for r, (axis, backwards) in enumerate(zip(*straight)) if straight else ():
+        step = resampled.spacing[r] / abs(stored.affine[r, axis])
+        ends = -0.5 * step, (resampled.voxels.shape[r] - 0.5) * step
+        borders[axis][[0, -1]] = [shape[axis] - 1.0 - end for end in ends[::-1]] if backwards else ends
+    return [np.diff(border) for border in borders]
+
+
+def _counts(labels: NumpyArray, weights: Sequence[NumpyArray]) -> NumpyArray:
+    """Voxels of each value, each counted by the product of its axes' weights; a slice at a time, to save memory."""
+    count = np.zeros(int(labels.max(initial=0)) + 1)
+    outer = int(np.argmax(labels.strides))
+    rows, columns = (weights[axis] for axis in range(3) if axis != outer)
+    plane = np.outer(rows, columns).ravel()
+    for part, weight in zip(np.moveaxis(labels, outer, 0), weights[outer]):
+        few = np.bincount(part.ravel(), plane)
+        count[: len(few)] += weight * few
     return count
 
 
@@ -56,6 +80,7 @@ def _exchange(
     missing: int,
     box: tuple[slice, ...],
     to_stored: NumpyArray,
+    beyond: str,
 ) -> None:
     """Give ``missing`` voxels of the background to the organ in ``box`` of ``source``, or take as many from it."""
     low = np.maximum([at.start - 2 for at in box], 0)
@@ -70,7 +95,12 @@ def _exchange(
 
     def membership(inside: NumpyArray) -> NumpyArray:
         return ndimage.affine_transform(
-            inside.astype(np.float32), to_stored[:3, :3], offset, part.shape, order=1, mode="nearest"
+            inside.astype(np.float32),
+            to_stored[:3, :3],
+            offset,
+            part.shape,
+            order=1,
+            mode=beyond,
         )
 
     organ, background = membership(piece == label), membership(piece == 0)

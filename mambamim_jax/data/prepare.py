@@ -112,7 +112,7 @@ def _relabel(path: Path, output: Path, benchmark: Benchmark) -> None:
     Raises: DatasetError for a damaged file or a value that the set does not have.
     """
     try:
-        voxels = nifti.read(path, label=True).voxels
+        voxels = nifti.read(path, label=True).labels()
     except VolumeError as error:
         raise DatasetError(str(error)) from None
     kept = {value for inside in benchmark.labels.values() for value in np.atleast_1d(inside).tolist()}

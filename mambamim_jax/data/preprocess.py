@@ -33,6 +33,8 @@ HISTOGRAM = (-1024, 2048, 64)
 beyond.
 """
 TEMPORARY = ".partial-"
+RECIPE = 2
+"""Raised with whatever changes in a prepared label map: those of a store made before are then made again."""
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "source": job["source"],
         "image": job["images"][0],
         "label": job["label"],
+        "recipe": RECIPE,
         "stamp": stamp([*job["images"], *([job["label"]] if job["label"] else [])]),
     }
     try:
@@ -87,7 +90,8 @@ def _preprocess(job: dict[str, Any]) -> dict[str, Any]:
     del read  # so that a file's bytes go as soon as they are unpacked
     digest = digests[0] if len(digests) == 1 else _digest_of("".join(digests))
     label_content, label_digest = _read(job["label"]) if job["label"] else (None, "")
-    key = _digest_of(f"{digest}{label_digest}")[:16]
+    made = f"{digest}{label_digest}{RECIPE}" if label_content is not None else digest
+    key = _digest_of(made)[:16]
     folder = Path(job["store"]) / "volumes" / f"{_plain(job['id'])}-{key}"
     if not (folder / "meta.json").is_file():
         parts, meta = (_channels if normalised else _ct)(job, contents, label_content)
@@ -124,11 +128,12 @@ def _channels(job: dict[str, Any], contents: list[bytes], label_content: bytes |
     """
     spacing = tuple(job["spacing"])
     images = [nifti.read(path, hu=False, content=c) for path, c in zip(job["images"], contents)]
-    label, refusal = _label(job, label_content, images[0])
-    resampled = [volume.resample(image, spacing, outside=0.0) for image in images]
-    for image, other, path in zip(images, resampled, job["images"]):
-        if other.voxels.shape != resampled[0].voxels.shape or not volume.same_grid(images[0], image):
+    for image, path in zip(images, job["images"]):
+        if not volume.same_grid(images[0], image):
             raise VolumeError("channel_grid", path, f"not on the grid of {Path(job['images'][0]).name}")
+    label, refusal = _label(job, label_content, images[0])
+    images = [volume.on_grid_of(image, images[0]) for image in images]
+    resampled = [volume.resample(image, spacing, outside=0.0) for image in images]
     raw = np.stack([r.voxels for r in resampled], axis=-1)
     inside = (raw != 0).any(axis=-1).view(np.uint8)
     box = volume.foreground_box(inside, 0)
@@ -150,7 +155,7 @@ def _with_label(
     meta |= {"label": refusal or ("ok" if label else "none")}
     if label is not None:
         parts |= {"label": _resample_label(label, tuple(job["spacing"]), job["labels"])}
-        meta |= {"label_values": np.unique(label.voxels).astype(int).tolist()}
+        meta |= {"label_values": np.unique(label.labels()).tolist()}
     return parts, meta
 
 
@@ -174,8 +179,7 @@ def _label(job: dict[str, Any], content: bytes | None, image: Volume) -> tuple[V
         shapes = ["x".join(map(str, v.voxels.shape)) for v in (label, image)]
         message = f"label grid {shapes[0]} does not cover the image's {shapes[1]} in the same place"
         return None, str(VolumeError("label_grid", job["label"], message))
-    # the image's own affine decides, so that both resample to the same voxels
-    return label, None
+    return volume.on_grid_of(label, image), None
 
 
 def _resample_label(label: Volume, spacing: tuple[float, ...], how: str) -> NumpyArray:

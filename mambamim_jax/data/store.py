@@ -2,7 +2,8 @@
 access.
 
     store.json             version, spacing (mm), window (HU) that counts as foreground
-    volumes/ID-KEY/        one per volume, see ``preprocess``; KEY is a digest of the source files' content
+    volumes/ID-KEY/        one per volume, see ``preprocess``; KEY is a digest of the source files' content, and of
+                           the recipe of labels where there is one
     cases/KEY.json         what became of each source case, so that no file is read twice
     manifest.json          all usable volumes of the store in one file
 
@@ -159,6 +160,7 @@ def prepare(
     encoding: str = "npy",
     intensity: str = "hu",
     labels: str = "volume",
+    old_labels: bool = False,
     report_path: str | Path | None = None,
     max_lost: float = 0.1,
     workers: int | None = None,
@@ -176,6 +178,7 @@ def prepare(
         encoding: ``npy`` (fast) or ``blosc2`` (compact), see ``arrays``. intensity: ``hu``, one channel kept
             as it is; or ``zscore``, any channels, normalised over their non-zero voxels.
         labels: ``nearest`` voxel alone; or ``volume``, with every organ's volume kept, see ``organ_volumes``.
+        old_labels: take those of an earlier recipe, too, in place of making them again: for whom reads none.
         report_path: write one JSON line per case here. max_lost: largest share of cases that may be refused.
         workers: processes; None for one per core and at most eight. progress: called with (done, total, case
             id).
@@ -196,7 +199,7 @@ def prepare(
     try:
         with builder.locked(folder):
             builder.check_spec(folder, spec)
-            records = builder.bring_up_to_date(cases, folder, spec, workers, progress)
+            records = builder.bring_up_to_date(cases, folder, spec, workers, progress, old_labels)
             volumes, report = builder.assemble(folder, records)
             builder.write_manifest(folder, spec)
         store = Store(folder, spec, volumes, report)

@@ -8,7 +8,6 @@ give the same samples.
 from __future__ import annotations
 
 import hashlib
-import math
 import multiprocessing
 import os
 import threading
@@ -17,6 +16,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from fractions import Fraction
 from typing import Any
 
 import grain
@@ -89,19 +89,25 @@ class Loader(ABC):
         """Whatever else decides what a sample looks like, in one text."""
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Batches after which every volume has been seen, rounded up."""
-        return math.ceil(len(self.store) / self.volumes_per_batch)
+    def batches_per_epoch(self) -> Fraction:
+        """Batches that as many volumes as there are make; not a whole number where a batch goes on into the next
+        epoch.
+        """
+        return Fraction(len(self.store), self.volumes_per_batch)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a saved iterator state must agree with for its samples to be the same."""
+        """What a saved iterator state must agree with for its samples to be the same.
+
+        "sources" says which volumes share which part of an epoch; older states lack it.
+        """
         sampling = f"{self.crops_per_volume} {self.mix.shares} {self.sampling}"
         return {
             "seed": self.seed,
             "volumes_per_batch": self.volumes_per_batch,
             "fingerprint": self.store.fingerprint,
             "sampling": hashlib.sha256(sampling.encode()).hexdigest()[:16],
+            "sources": self.mix.division,
         }
 
     def __iter__(self) -> BatchIterator:
@@ -168,10 +174,10 @@ class BatchIterator(Iterator[dict[str, NumpyArray]]):
         """Go on where ``state`` was taken; threads and processes may differ, the data and the batch may not.
 
         Raises:
-            ValueError: the state belongs to another seed, batch size, data set or way of cropping.
+            ValueError: the state belongs to another seed, batch size, data set, mix of sources or way of cropping.
         """
         for key, expected in self._loader.identity.items():
-            if state.get(key) != expected:
+            if state.get(key, expected if key == "sources" else None) != expected:
                 what = f"{key} {state.get(key)!r}, this run has {expected!r}"
                 raise ValueError(
                     f"iterator state was saved with {what}: resume with the same data and config, or anew"

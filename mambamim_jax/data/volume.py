@@ -6,14 +6,13 @@ posterior and lowest. Affines map voxel indices to millimetres in RAS+, as NIfTI
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from nibabel import orientations
 
+from mambamim_jax.data import planes
 from mambamim_jax.types import NumpyArray, Size3, Spacing
 
 AIR = -1024.0
@@ -91,6 +90,12 @@ class Volume:
         """All voxels with slope and intercept applied, float32 (i, j, k)."""
         return self.voxels.astype(np.float32) * np.float32(self.slope) + np.float32(self.intercept)
 
+    def labels(self) -> NumpyArray:
+        """All values of a label map, whole numbers from 0 to 65535: integers (i, j, k), as stored where they can be."""
+        if self.plain and self.voxels.dtype.kind in "iu":
+            return self.voxels
+        return np.rint(self.values()).astype(np.uint16)
+
 
 # ------------------------------------------------------------------------------------------------ geometry
 
@@ -125,6 +130,17 @@ def same_grid(a: Volume, b: Volume, tolerance: float = 0.5) -> bool:
         return False
     corners = _corners(size_a)
     return bool(np.abs((affine_a - affine_b) @ corners).max() <= tolerance)
+
+
+def on_grid_of(volume: Volume, other: Volume) -> Volume:
+    """A volume on the ``same_grid`` as another with just the other's geometry, its voxels stored as they were.
+
+    Half a millimetre decides over the size that resampling gives, and over whether a scan counts as tilted: what has
+    to come out on the other's grid is resampled by the other's affine.
+    """
+    turns = [orientations.io_orientation(v.affine) for v in (other, volume)]
+    back = [orientations.inv_ornt_aff(t, v.voxels.shape) for t, v in zip(turns, (other, volume), strict=True)]
+    return replace(volume, affine=other.affine @ np.rint(back[0] @ np.linalg.inv(back[1])))
 
 
 def _canonical(volume: Volume) -> tuple[tuple[int, ...], NumpyArray]:
@@ -187,85 +203,18 @@ def resample(
         count = int(np.round((size[r] - 1) * step[r] / spacing[r] + 1.0))
         where = np.minimum(np.arange(count) * (spacing[r] / step[r]), size[r] - 1.0)
         if label:
-            where = np.minimum(np.floor(where + 0.5), size[r] - 1.0)
+            where = planes.nearest(where)
         positions[axis] = size[r] - 1.0 - where if backwards[r] else where
     turn = np.argsort(axes)  # of the result's axes, in stored order
     out: NumpyArray = np.empty([len(positions[a]) for a in axes], dtype)
-    _fill(volume, positions, label, out.transpose(turn).transpose(2, 1, 0))
+    scale = (volume.slope, volume.intercept)
+    planes.fill(volume.voxels, scale, positions, label, out.transpose(turn).transpose(2, 1, 0))
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = first
     return Volume(out, affine)
 
 
-_SLAB = 32
-"""Slices interpolated before they are written: transposing many at once keeps to the cache's lines."""
-
-
-def _fill(volume: Volume, positions: list[NumpyArray], label: bool, out: NumpyArray) -> None:
-    """Write ``out`` (k, j, i), any strides: the volume at the product of ``positions`` (i, j, k).
-
-    NIfTI stores i fastest, so slices of k are contiguous; one is read at a time, so memory stays bounded.
-    Neighbours are gathered and mixed, axis by axis: faster than matrix products with the banded weights, and
-    free of BLAS threads that fight over busy cores.
-    """
-    copied = label or (volume.plain and all((p == np.rint(p)).all() for p in positions))
-    planes = _nearest_planes(volume, positions) if copied else _mixed_planes(volume, positions)
-    slab: NumpyArray = np.empty((_SLAB, *out.shape[1:]), out.dtype)
-    for start in range(0, len(out), _SLAB):
-        stop = min(start + _SLAB, len(out))
-        for n in range(stop - start):
-            slab[n] = _cast(next(planes), out.dtype.type)
-        out[start:stop] = slab[: stop - start]
-
-
-def _mixed_planes(volume: Volume, positions: list[NumpyArray]) -> Iterator[NumpyArray]:
-    """Trilinear planes (j, i), float32, one per position along k."""
-    slices = volume.voxels.transpose(2, 1, 0)
-    (i0, i1, it), (j0, j1, jt), (k0, k1, kt) = (
-        _neighbours(p, n) for p, n in zip(positions, volume.voxels.shape)
-    )
-    plane = np.empty(slices.shape[1:], np.float32)
-    slope, intercept = np.float32(volume.slope), np.float32(volume.intercept)
-    same_rows, same_columns = (
-        np.array_equal(positions[a], np.arange(volume.voxels.shape[a])) for a in (1, 0)
-    )
-
-    def in_plane(k: int) -> NumpyArray:
-        np.copyto(plane, slices[k], casting="unsafe")
-        if slope != 1:
-            np.multiply(plane, slope, out=plane)
-        if intercept != 0:
-            np.add(plane, intercept, out=plane)
-        rows = plane if same_rows else plane[j0] * (1 - jt[:, None]) + plane[j1] * jt[:, None]
-        return rows.copy() if same_columns else rows.take(i0, 1) * (1 - it) + rows.take(i1, 1) * it
-
-    kept: dict[int, NumpyArray] = {}
-    for low, high, t in zip(k0.tolist(), k1.tolist(), kt):
-        kept = {k: kept[k] if k in kept else in_plane(k) for k in dict.fromkeys((low, high))}
-        yield kept[low] if t == 0 else kept[low] * (1 - t) + kept[high] * t
-
-
-def _nearest_planes(volume: Volume, positions: list[NumpyArray]) -> Iterator[NumpyArray]:
-    """Planes (j, i) of the nearest voxels, one per position (whole numbers) along k."""
-    slices = volume.voxels.transpose(2, 1, 0)
-    i, j, k = (p.astype(np.intp) for p in positions)
-    seen, plane = -1, np.empty(0)
-    for n in k.tolist():
-        if n != seen:
-            plane = slices[n].take(j, 0).take(i, 1)
-            plane = plane if volume.plain else plane * volume.slope + volume.intercept
-            seen = n
-        yield plane
-
-
-def _neighbours(positions: NumpyArray, size: int) -> tuple[NumpyArray, NumpyArray, NumpyArray]:
-    low = np.clip(np.floor(positions).astype(np.intp), 0, size - 1)
-    return low, np.minimum(low + 1, size - 1), (positions - low).astype(np.float32)
-
-
 def _resample_tilted(volume: Volume, spacing: Spacing, label: bool, dtype: type, outside: float) -> Volume:
-    from scipy import ndimage  # slow to import, rarely needed
-
     shape = volume.voxels.shape
     world = (volume.affine @ _corners(shape))[:3]
     low, high = world.min(axis=1), world.max(axis=1)
@@ -273,25 +222,32 @@ def _resample_tilted(volume: Volume, spacing: Spacing, label: bool, dtype: type,
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = low
     to_index = np.linalg.inv(volume.affine) @ affine
+    if label:
+        return Volume(planes.cast(_nearest_tilted(volume.labels(), to_index, size), dtype), affine)
+    from scipy import ndimage  # slow to import, rarely needed
+
     # drawn in by a hair, so that rounding does not put the outermost voxels outside
     middle = (np.array(shape) - 1) / 2
     to_index[:3] *= 1 - 1e-9
     to_index[:3, 3] += 1e-9 * middle
-    fill = 0.0 if label else outside
     moved = ndimage.affine_transform(
-        volume.values(), to_index, output_shape=size, order=0 if label else 1, mode="constant", cval=fill
+        volume.values(), to_index, output_shape=size, order=1, mode="constant", cval=outside
     )
-    return Volume(np.ascontiguousarray(_cast(moved, dtype)), affine)
+    return Volume(np.ascontiguousarray(planes.cast(moved, dtype)), affine)
 
 
-def _cast(values: NumpyArray, dtype: type) -> NumpyArray:
-    if not np.issubdtype(dtype, np.integer):
-        return values.astype(dtype, copy=False)
-    limits: Any = np.iinfo(dtype)
-    if values.dtype.kind in "iu":
-        return np.clip(values, limits.min, limits.max).astype(dtype)
-    values = np.rint(values)
-    return np.clip(values, limits.min, limits.max, out=values).astype(dtype)
+def _nearest_tilted(labels: NumpyArray, to_index: NumpyArray, size: tuple[int, ...]) -> NumpyArray:
+    """Labels (i, j, k) at the voxels (h, w, d) that ``to_index`` leads from, 0 beyond the first and last centres."""
+    out = np.zeros(size, labels.dtype)
+    grid = np.ogrid[: size[1], : size[2]]
+    for h, plane in enumerate(out):
+        where = [
+            np.round(row[0] * h + row[1] * grid[0] + row[2] * grid[1] + row[3], 3) for row in to_index[:3]
+        ]
+        inside = np.logical_and.reduce([(w >= 0) & (w <= n - 1) for w, n in zip(where, labels.shape)])
+        at = [planes.nearest(w[inside]).astype(np.intp) for w in where]
+        plane[inside] = labels[tuple(at)]
+    return out
 
 
 # ------------------------------------------------------------------------------------------------ intensities

@@ -13,7 +13,7 @@ import numpy as np
 from mambamim_jax.data import nifti
 from mambamim_jax.data.datasets import ENDINGS, printable
 from mambamim_jax.data.intensity import normalise
-from mambamim_jax.data.volume import AIR, Volume, VolumeError, resample, same_grid
+from mambamim_jax.data.volume import AIR, Volume, VolumeError, on_grid_of, resample, same_grid
 from mambamim_jax.paths import home
 from mambamim_jax.types import NumpyArray
 
@@ -104,6 +104,7 @@ def read_scan(files: Sequence[Path], description: Mapping[str, Any]) -> Scan:
             raise VolumeError(
                 "label_grid", path, f"another grid than {files[0].name}'s; channels must lie on one grid"
             )
+        volume = on_grid_of(volume, first)
         channels.append(
             resample(volume, spacing, dtype=np.int16 if hu else np.float32, outside=AIR if hu else 0.0)
         )

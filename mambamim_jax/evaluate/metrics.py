@@ -52,9 +52,15 @@ def score(predicted: NumpyArray, labelled: NumpyArray, affine: NumpyArray, toler
     """All metrics of two masks (i, j, k) on one grid.
 
     Args:
+      predicted, labelled: bool, or numbers of which any but 0 is inside.
       affine: (3, 3) or (4, 4), voxel index → mm. tolerance: of NSD, mm.
+
+    Raises: ValueError for masks of different or other than three-dimensional shapes, or with NaN, for another affine,
+      and for a tolerance below zero.
     """
-    matrix = np.asarray(affine, np.float64)[:3, :3]
+    matrix = _matrix(affine)
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance: found {tolerance}, expected mm of zero or more")
     millilitres = abs(float(np.linalg.det(matrix))) / 1000
     both, either = union_box(predicted, labelled)
     sizes = [int(np.count_nonzero(mask)) for mask in both]
@@ -78,8 +84,8 @@ def score(predicted: NumpyArray, labelled: NumpyArray, affine: NumpyArray, toler
 def union_box(
     predicted: NumpyArray, labelled: NumpyArray
 ) -> tuple[tuple[NumpyArray, NumpyArray], tuple[int, ...]]:
-    """Both masks cut to the smallest box that holds either, and the image's size."""
-    masks = [np.asarray(mask, bool) for mask in (predicted, labelled)]
+    """Both masks as bool, cut to the smallest box that holds either, and the image's size; raises as ``score``."""
+    masks = _masks(predicted, labelled)
     either = masks[0] | masks[1]
     box = []
     for axis in range(3):
@@ -89,14 +95,17 @@ def union_box(
 
 
 def diagonal(shape: Sequence[int], matrix: NumpyArray) -> float:
-    """Length in mm of the longest way through an image's voxel centres."""
+    """Length in mm of the longest way through the voxel centres of an image of shape (i, j, k)."""
+    if len(shape) != 3:
+        raise ValueError(f"shape: found {tuple(shape)}, expected (i, j, k)")
     ends = np.array(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), np.float64).reshape(3, -1)
-    corners = (matrix @ ends).T
+    corners = (_matrix(matrix) @ ends).T
     return float(np.linalg.norm(corners[:, None] - corners[None], axis=-1).max())
 
 
 def surface(mask: NumpyArray) -> NumpyArray:
     """Voxels of a mask with a face neighbour outside of it, (i, j, k) bool; the image's border is outside."""
+    (mask,) = _masks(mask)
     padded = np.pad(mask, 1)
     inner = mask.copy()
     for axis in range(3):
@@ -108,10 +117,37 @@ def surface(mask: NumpyArray) -> NumpyArray:
 
 
 def surface_distances(a: NumpyArray, b: NumpyArray, matrix: NumpyArray) -> tuple[NumpyArray, NumpyArray]:
-    """Distances in mm from each surface voxel of a to b's surface, and back; neither may be empty.
+    """Distances in mm from each surface voxel of a to b's surface, and back.
+
+    Raises: ValueError as ``score``, and for a mask without a voxel.
 
     By a tree of the surfaces' points: exact, and on large masks about ten times faster than distance transforms.
     """
-    points = [np.argwhere(surface(mask)) @ matrix.T for mask in (a, b)]
+    masks, matrix = _masks(a, b), _matrix(matrix)
+    points = [np.argwhere(surface(mask)) @ matrix.T for mask in masks]
+    if not all(map(len, points)):
+        raise ValueError("masks: found one without a voxel, which has no surface")
     trees = [cKDTree(p, balanced_tree=False) for p in points]
     return trees[1].query(points[0])[0], trees[0].query(points[1])[0]
+
+
+def _masks(*given: NumpyArray) -> list[NumpyArray]:
+    """Masks as bool, of one three-dimensional shape; a shape that broadcasts would be scored without a word."""
+    arrays = [np.asarray(mask) for mask in given]
+    shapes = [array.shape for array in arrays]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 3:
+        raise ValueError(
+            f"masks: found {' and '.join(map(str, shapes))}, expected (i, j, k), the same for all"
+        )
+    if any(array.dtype.kind in "fc" and np.isnan(array).any() for array in arrays):
+        raise ValueError("masks: found NaN, expected 0 outside and any other number inside")
+    return [array.astype(bool, copy=False) for array in arrays]
+
+
+def _matrix(affine: NumpyArray) -> NumpyArray:
+    """The (3, 3) part of an affine, float64."""
+    matrix = np.asarray(affine, np.float64)
+    if matrix.shape not in ((3, 3), (4, 4)) or not np.isfinite(matrix).all():
+        found = matrix.shape if np.isfinite(matrix).all() else "numbers that are not finite"
+        raise ValueError(f"affine: found {found}, expected (3, 3) or (4, 4), voxel index → mm")
+    return matrix[:3, :3]

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mambamim_jax.data.builder import explain
 from mambamim_jax.data.volume import VolumeError
+from mambamim_jax.device_memory import exhausted
 from mambamim_jax.evaluate.inputs import InputError, Scan, find_cases, foreground, read_scan
 from mambamim_jax.evaluate.label_files import probability_file, write_labels
 from mambamim_jax.evaluate.labels import probabilities
@@ -161,17 +164,27 @@ def _predict_all(
             try:
                 predict_case(predictor, files, output.labels_of(case), note)
                 output.finish(case)
-            except (VolumeError, InputError, MemoryError) as error:
-                failures.append(_line(error, files[0], predictor.description["spacing"]))
+            except (VolumeError, InputError, MemoryError, jax.errors.JaxRuntimeError) as error:
+                failures.append(_line(error, files[0], predictor))
                 terminal.say(f"error: {failures[-1]}")
             count(number + 1, len(cases), case)
     return failures
 
 
-def _line(error: Exception, path: Path, spacing: Sequence[float]) -> str:
+def _line(error: Exception, path: Path, predictor: Predictor) -> str:
+    """What is wrong with a case. Raises the error if it is one of JAX's that is not about memory."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        wanted = exhausted(error)
+        if wanted is None:
+            raise error
+        sliding = predictor.sliding
+        windows = f"{sliding.batch} windows of {' × '.join(map(str, sliding.window))} voxels"
+        return (
+            f"{path}: {wanted} on the device, for {windows}; a smaller --batch or --dtype=bfloat16 needs less"
+        )
     if not isinstance(error, MemoryError):
         return str(error)
-    sides = " × ".join(f"{side:g}" for side in spacing)
+    sides = " × ".join(f"{side:g}" for side in predictor.description["spacing"])
     advice = "crop the scan or use a machine with more"
     return f"{path}: out of memory with the scan at the model's {sides} mm; {advice}"
 

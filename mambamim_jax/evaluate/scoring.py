@@ -109,7 +109,7 @@ def values_of(pairs: list[Pair]) -> set[int]:
     """Every value that the labels hold."""
     found: set[int] = set()
     for pair in pairs:
-        found |= {int(v) for v in np.unique(nifti.read(pair.label, label=True).values())}
+        found |= {int(v) for v in np.unique(nifti.read(pair.label, label=True).labels())}
     return found
 
 

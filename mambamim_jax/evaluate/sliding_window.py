@@ -56,12 +56,14 @@ class SlidingWindow:
     ):
         if not 0 <= overlap <= MOST_OVERLAP:
             raise ValueError(f"overlap: found {overlap}, expected a share from 0 to {MOST_OVERLAP}")
-        if len(window) != 3 or min(window) < 1 or batch < 1 or not {*flips} <= {0, 1, 2}:
+        sizes = tuple(window) if np.shape(window) == (3,) else ()
+        if not sizes or any(int(n) != n or n < 1 for n in (*sizes, batch)) or not {*flips} <= {0, 1, 2}:
             raise ValueError(
-                f"window {window}, batch {batch}, flips {flips}: expected sizes above 0, axes 0 to 2"
+                f"window {window}, batch {batch}, flips {flips}: expected three sizes and a batch above 0, axes 0 to 2"
             )
-        self.window, self.overlap, self.batch = tuple(window), overlap, batch
-        self.weight = gaussian(window)
+        h, w, d = (int(n) for n in sizes)
+        self.window, self.overlap, self.batch = (h, w, d), overlap, int(batch)
+        self.weight = gaussian(self.window)
         choices = [(False, True) if axis in flips else (False,) for axis in range(3)]
         self.turns = [np.array(turn) for turn in itertools.product(*choices)]
 
@@ -69,8 +71,8 @@ class SlidingWindow:
 
     def __call__(self, image: NumpyArray, members: Sequence[Tree]) -> NumpyArray:
         """The averaged output on the whole volume, (h, w, d, classes) float32; see ``stream`` to hold less."""
-        axis = self.stream_axis(image.shape)
-        return np.concatenate([values for _, values in self.stream(image, members)], axis)
+        slabs = [values for _, values in self.stream(image, members)]
+        return np.concatenate(slabs, self.stream_axis(image.shape))
 
     def stream(
         self, image: NumpyArray, members: Sequence[Tree], progress: Callable[[int, int], None] | None = None
@@ -84,7 +86,10 @@ class SlidingWindow:
 
         Yields:
           (the slab's first index along the axis, its values (h, w, d, classes) float32).
+
+        Raises: ValueError for an image or members that cannot be, and for a network's output of another size.
         """
+        _check(image, members)
         volume, before = pad(image, self.window)
         axis = self.stream_axis(image.shape)
         inside = [slice(b, b + n) for b, n in zip(before, image.shape)]
@@ -156,10 +161,20 @@ def _compiled(network: Network, flipping: bool) -> Callable[..., Array]:
     """The jitted network; one and the same for the same function, which then is not compiled again."""
 
     def run(params: Tree, x: Array, turn: Array) -> Array:
-        y = flip(network(params, flip(x, turn)), turn) if flipping else network(params, x)
-        return y.astype(jnp.float32)
+        y = network(params, flip(x, turn) if flipping else x)
+        if len(y.shape) != 5 or y.shape[:4] != x.shape[:4]:
+            raise ValueError(f"network: found {y.shape} of {x.shape}, expected {x.shape[:4]} and the classes")
+        return (flip(y, turn) if flipping else y).astype(jnp.float32)
 
     return jax.jit(run)
+
+
+def _check(image: NumpyArray, members: Sequence[Tree]) -> None:
+    if len(image.shape) != 4 or 0 in image.shape:
+        raise ValueError(f"image: found {image.shape}, expected (h, w, d, c), every size ≥ 1")
+    if not isinstance(members, Sequence) or not members:
+        found = f"{len(members)} of a {type(members).__name__}" if hasattr(members, "__len__") else members
+        raise ValueError(f"members: found {found}, expected a list of one or more trees of parameters")
 
 
 class _Slab:

@@ -19,9 +19,18 @@ from mambamim_jax.ops.batch_norm import batch_norm_relu
 from mambamim_jax.ops.upsample_conv import upsample_conv3
 from mambamim_jax.types import Array
 
+_REACH = 5.5
+"""Deviations that a float32 normal stays within, and beyond which the share of it that is left out rounds to 0."""
+
 
 def truncated_normal(key: Array, shape: tuple[int, ...], std: float, bound: float) -> Array:
-    """Normal of deviation std cut at ±bound (in the same unit), not rescaled, as timm's `trunc_normal_`."""
+    """Normal of deviation std cut at ±bound (in the same unit), not rescaled, as timm's `trunc_normal_`; float32.
+
+    JAX cuts by drawing the normal's distribution function between its values at the bounds. Far out these are exactly
+    0 and 1, whose inverse is infinite, so that one value in 2²³ would be the bound itself: there nothing is cut.
+    """
+    if bound > _REACH * std:
+        return std * jax.random.normal(key, shape, jnp.float32)
     return std * jax.random.truncated_normal(key, -bound / std, bound / std, shape, jnp.float32)
 
 

@@ -67,7 +67,7 @@ class HyMamba(nnx.Module):
     ):
         widths = tuple(channels)
         self.channels = (widths[4], *widths[:0:-1])
-        self.dtype = dtype
+        self.in_channels, self.dtype = in_channels, dtype
         self.stem = Conv3(in_channels, widths[0], dtype=dtype, rngs=rngs)
         self.expand = nnx.List([Conv3(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)])
         self.stages = nnx.List(
@@ -91,8 +91,11 @@ class HyMamba(nnx.Module):
 
         Returns:
           maps (b, h/s, w/s, d/s, channels[i]) at strides s = 16, 8, 4, 2, 1.
+
+        Raises:
+          ValueError: crops of another shape, or a mask that is not of these crops.
         """
-        grid = patch_grid(x, self.stride)
+        grid = patch_grid(x, self.stride, self.in_channels, mask)
         y = self.stem(pack(x.astype(self.dtype), mask), mask)
         maps = []
         for expand, stage, skip in zip(self.expand, self.stages, self.skips, strict=True):

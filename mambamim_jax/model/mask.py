@@ -34,12 +34,15 @@ class Mask:
         """The mask of a concrete boolean array.
 
         Args:
-          active: bool (b, gh, gw, gd), True where a patch is visible.
+          active: bool (b, gh, gw, gd), True where a patch is visible; b ≥ 1. An array or nested lists.
 
         Raises:
-          ValueError: samples keep different numbers of patches, or none.
+          ValueError: another shape, or samples keep different numbers of patches, or none.
         """
-        flat = np.asarray(active).reshape(len(active), -1)
+        visible = np.asarray(active, bool)
+        if visible.ndim != 4 or not visible.size:
+            raise ValueError(f"active: found {visible.shape}, expected (b, gh, gw, gd), every size ≥ 1")
+        flat = visible.reshape(len(visible), -1)
         kept = np.unique(flat.sum(axis=1))
         if len(kept) != 1 or kept[0] == 0:
             raise ValueError(
@@ -47,7 +50,7 @@ class Mask:
                 "draw masks with draw_mask"
             )
         indices = np.stack([np.flatnonzero(row) for row in flat]).astype(np.int32)
-        gh, gw, gd = (int(side) for side in active.shape[1:])
+        gh, gw, gd = (int(side) for side in visible.shape[1:])
         return cls(jnp.asarray(indices), (gh, gw, gd))
 
     @property
@@ -83,18 +86,39 @@ class Mask:
         return active
 
 
-def patch_grid(x: Array, patch: int) -> Size3:
-    """(gh, gw, gd), the patches of a crop (b, h, w, d, c).
+def patch_grid(x: Array, patch: int, channels: int | None = None, mask: Mask | None = None) -> Size3:
+    """(gh, gw, gd), the patches of crops (b, h, w, d, c).
+
+    Args:
+      channels: c, if one number alone is right.
+      mask: of these crops, or None for none.
 
     Raises:
-      ValueError: a side is not divisible by the patch.
+      ValueError: another shape, a side that is not divisible by the patch, or another mask.
     """
+    if len(x.shape) != 5 or 0 in x.shape or channels not in (None, x.shape[4]):
+        shape = "(b, h, w, d, c)" if channels is None else f"(b, h, w, d, {channels})"
+        raise ValueError(f"crop: found {x.shape}, expected {shape}, every size ≥ 1")
     h, w, d = x.shape[1:4]
     if h % patch or w % patch or d % patch:
         raise ValueError(
             f"crop: found {(h, w, d)} voxels, expected sides divisible by {patch}; pad or crop it"
         )
-    return h // patch, w // patch, d // patch
+    grid = h // patch, w // patch, d // patch
+    if mask is not None:
+        check_mask(mask, x.shape[0], grid)
+    return grid
+
+
+def check_mask(mask: Mask, batch: int, grid: Size3) -> None:
+    """Raises ValueError unless this is a mask of so many samples on this grid."""
+    if not isinstance(mask, Mask):
+        found = type(mask).__name__
+        raise ValueError(f"mask: found {found}, expected a Mask; make one with draw_mask or Mask.from_active")
+    if (mask.indices.shape[0], tuple(mask.grid)) != (batch, grid):
+        raise ValueError(
+            f"mask: found {mask.indices.shape[0]} samples on a grid of {mask.grid}, expected {batch} on {grid}"
+        )
 
 
 def kept_tokens(grid: Size3, mask_ratio: float) -> int:

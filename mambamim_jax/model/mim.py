@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from mambamim_jax.model.decoder import ReconstructionDecoder, truncated_normal
 from mambamim_jax.model.encoder import Encoder
-from mambamim_jax.model.mask import Mask
+from mambamim_jax.model.mask import Mask, check_mask, patch_grid
 from mambamim_jax.model.masked_layers import Conv3, Pointwise
 from mambamim_jax.model.toki import FILLERS, filler_parameter_shape
 from mambamim_jax.types import Array
@@ -98,5 +98,9 @@ class MaskedImageModel(nnx.Module):
 
         Returns:
           (b, h, w, d, c) float32: the crop as predicted, each patch in its own normalised intensities (section 6).
+
+        Raises:
+          ValueError: crops of another shape, or something else than a mask of these crops.
         """
+        check_mask(mask, x.shape[0], patch_grid(x, self.encoder.stride))
         return self.decoder(self.densify(self.encoder(x, mask), mask), train)

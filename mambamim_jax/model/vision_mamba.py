@@ -80,7 +80,7 @@ class VisionMamba(nnx.Module):
                 f"feature_depths: found {depths}, expected four increasing layers, the last {mamba_depth} (mamba_depth)"
             )
         self.channels = tuple(channels)[::-1]
-        self.feature_depths, self.dtype = depths, dtype
+        self.in_channels, self.feature_depths, self.dtype = in_channels, depths, dtype
         width = self.channels[0]
         self.embed = Linear(in_channels * self.stride**3, width, bias=True, dtype=dtype, rngs=rngs)
         self.mamba = MambaStage(
@@ -94,7 +94,7 @@ class VisionMamba(nnx.Module):
 
     def __call__(self, x: Array, mask: Mask | None = None) -> tuple[Array, ...]:
         """Features at strides 16, 8, 4, 2, 1 of a crop (b, h, w, d, c); see `HyMamba.__call__`."""
-        grid = patch_grid(x, self.stride)
+        grid = patch_grid(x, self.stride, self.in_channels, mask)
         x = x.astype(self.dtype)
         patches = split_patches(x, grid) if mask is None else pack(x, mask)
         b, k = patches.shape[:2]

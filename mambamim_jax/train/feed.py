@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ class Loader(Protocol):
     """What the loop needs of the data."""
 
     @property
-    def batches_per_epoch(self) -> int: ...
+    def batches_per_epoch(self) -> Fraction: ...
     def __iter__(self) -> Stream: ...
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mambamim_jax.model.mask import Mask, patchify
+from mambamim_jax.model.mask import Mask, check_mask, patch_grid, patchify
 from mambamim_jax.types import Array
 
 VARIANCE_FLOOR = 1e-6
@@ -42,13 +42,35 @@ def reconstruction_loss(reconstruction: Array, image: Array, mask: Mask) -> Arra
 
     Returns:
       The loss, a scalar, float32 or wider.
+
+    Raises:
+      ValueError: shapes that differ, or a mask of other crops or one that hides nothing.
     """
-    side, wide = image.shape[1] // mask.grid[0], jnp.promote_types(reconstruction.dtype, jnp.float32)
+    _check_same(reconstruction, image)
+    side = _patch_side(image, mask)
+    wide = jnp.promote_types(reconstruction.dtype, jnp.float32)
     tokens = patchify(image.astype(wide), side)
     mean, deviation = patch_statistics(tokens)
     error = patchify(reconstruction.astype(wide), side) - (tokens - mean) / deviation
     hidden = (mask.slots == mask.kept).astype(wide)
     return jnp.sum(jnp.mean(error**2, axis=-1) * hidden) / jnp.sum(hidden)
+
+
+def _check_same(found: Array, wanted: Array) -> None:
+    """Raises ValueError unless both are maps of one shape; one that broadcasts would be compared without a word."""
+    if found.shape != wanted.shape or len(found.shape) != 5:
+        raise ValueError(
+            f"loss: found {found.shape} and {wanted.shape}, expected (b, h, w, d, c), the same for both"
+        )
+
+
+def _patch_side(image: Array, mask: Mask) -> int:
+    """p, the voxels along a side of the mask's patches; raises ValueError for a mask of other crops."""
+    side = max(image.shape[1] // mask.grid[0], 1) if isinstance(mask, Mask) else 1
+    check_mask(mask, image.shape[0], patch_grid(image, side))
+    if mask.kept >= mask.tokens:
+        raise ValueError(f"mask: hides none of {mask.tokens} patches, expected at least one hidden")
+    return side
 
 
 def targets_of(label: Array, classes: int, regions: Sequence[Sequence[int]] = ()) -> Array:
@@ -85,7 +107,11 @@ def segmentation_loss(
 
     Returns:
       The loss, a float32 scalar.
+
+    Raises:
+      ValueError: shapes that differ.
     """
+    _check_same(logits, target)
     logits = logits.astype(jnp.float32)
     if overlapping:
         probability = jax.nn.sigmoid(logits)

@@ -73,6 +73,7 @@ def prepare_data(
             window=data.window,
             report_path=None if jax.process_index() else workdir / "data_report.jsonl",
             max_lost=data.max_lost,
+            old_labels=True,
             workers=data.workers or None,
             progress=progress,
         )

@@ -57,6 +57,15 @@ def test_zoom_keeps_a_ramp_and_its_place():
     np.testing.assert_array_equal(nearest[:, 0, 0], np.repeat(np.arange(10), 2))
 
 
+@pytest.mark.parametrize("size", [48, 72, 80, 112, 120, 128])
+def test_the_nearest_voxels_lie_about_the_places_they_stand_for(size):
+    """Where these lie halfway between two, as many are taken below as above."""
+    places = (np.arange(size) + 0.5) * (96 / size) - 0.5
+    taken = zoom(np.arange(96)[:, None, None], (size, 1, 1), label=True)[:, 0, 0]
+    assert np.abs(taken - places).max() <= 0.5 + 1e-9
+    assert abs((taken - places).mean()) < 0.02
+
+
 def test_intensities_change_by_what_they_say():
     image, _ = sample((12, 12, 12), 1)
     only = lambda **how: change_intensities(  # noqa: E731
@@ -74,7 +83,7 @@ def test_intensities_change_by_what_they_say():
     for name in ("blur", "low_resolution"):
         changed = only(**{name: 1.0})
         assert changed.std() < image.std()
-        assert abs(changed.mean() - image.mean()) < 0.1
+        assert abs(changed.mean() - image.mean()) < 0.2
         assert changed.dtype == np.float32
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from mambamim_jax.data import augment, datasets, nifti, store, volume
 from mambamim_jax.data.labelled import LabelledLoader
+from mambamim_jax.evaluate.inputs import read_scan
 from tests.data import ct_files
 
 RULES = ({"kind": "zscore"}, {"kind": "zscore"})
@@ -78,6 +79,20 @@ def test_crops_of_them(prepared):
     assert batch["image"][lesion].mean() > 1
     anywhere = LabelledLoader(prepared, **options, positive=0.0).batch(1)
     assert (anywhere["image"].reshape(4, -1) != 0).any(axis=1).all()
+
+
+def test_channels_within_half_a_millimetre_come_out_on_the_grid_of_the_first(tmp_path):
+    shape, affines = (20, 20, 197), [np.diag([1.0, 1.0, third, 1.0]) for third in (2.002, 2.0)]
+    sizes = {volume.resample(volume.Volume(np.zeros(shape), a), (1.5,) * 3).voxels.shape for a in affines}
+    assert len(sizes) == 2
+    images = [
+        ct_files.write(tmp_path / f"a_000{n}.nii.gz", np.maximum(ct_files.body(shape, seed=n), 0), affine)
+        for n, affine in enumerate(affines)
+    ]
+    case = datasets.Case("a", tuple(images), None, "made up")
+    prepared = store.prepare([case], tmp_path / "store", workers=0, intensity="zscore")
+    scan = read_scan(images, {"spacing": (1.5,) * 3, "normalisation": RULES})
+    np.testing.assert_allclose(prepared.image(0), scan.image, atol=2e-3)
 
 
 def test_what_cannot_be(prepared, tmp_path):

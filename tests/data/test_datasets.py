@@ -128,6 +128,8 @@ def test_several_sources_hold_each_image_once(tmp_path):
 def test_what_is_no_data_set(tmp_path):
     assert "no such file or folder" in refused(tmp_path / "nothing")
     assert "no .nii or .nii.gz" in refused(tmp_path)
+    touch(tmp_path / "store/store.json")
+    assert "is a store, expected a data set; name a store alone" in refused(tmp_path / "store")
     touch(tmp_path / "twice/a/b.nii", tmp_path / "twice/a_b.nii")
     assert "case 'a_b' appears 2 times" in refused(tmp_path / "twice")
     assert "format 'zip'" in refused(tmp_path, format="zip")

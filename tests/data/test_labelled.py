@@ -58,6 +58,18 @@ def test_positive_crops_hold_a_class_and_rare_ones_are_as_likely(prepared):
     assert (labels == 2).any(axis=1).mean() > 0.45
 
 
+def test_a_class_in_the_air_beyond_the_body_is_in_its_crops(tmp_path):
+    voxels = np.full((60, 24, 20), -1000, np.int16)
+    voxels[:20] = ct_files.body((20, 24, 20))
+    label = np.zeros(voxels.shape, np.uint8)
+    label[52:55, 10:14, 8:12] = 1
+    for name, array in (("a", voxels), ("a_label", label)):
+        ct_files.write(tmp_path / f"{name}.nii.gz", array)
+    alone = store.prepare(datasets.discover(tmp_path), tmp_path / "store", workers=0)
+    labels = loader(alone, positive=1.0, volumes_per_batch=1, crops_per_volume=12).batch(0)["label"]
+    assert (labels.reshape(12, -1) == 1).any(axis=1).all()
+
+
 @pytest.mark.parametrize("how", [augment.NONE, augment.Augmentation(zoom=0.5, noise=0.5, blur=0.3)])
 def test_the_same_whatever_the_threads_and_restarts(prepared, how):
     expected = [loader(prepared, how=how).batch(n) for n in range(5)]

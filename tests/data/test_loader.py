@@ -3,11 +3,13 @@
 import itertools
 import json
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from mambamim_jax.data import datasets, loader, store, volume
+from mambamim_jax.settings import RunConfig
 from tests.data import ct_files
 
 
@@ -34,7 +36,7 @@ def equal(a, b):
 
 def test_batches_are_as_promised(prepared):
     data = loader.PretrainLoader(prepared, **OPTIONS)
-    assert data.batches_per_epoch == 2
+    assert data.batches_per_epoch == Fraction(7, 4)
     batch = next(iter(data))
     assert batch["image"].shape == (8, 16, 16, 32, 1)
     assert batch["image"].dtype == np.float32
@@ -73,6 +75,16 @@ def test_every_epoch_holds_every_volume_once(prepared):
     epochs = seen.reshape(8, 7)
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) > 4
+
+
+@pytest.mark.parametrize("volumes_per_batch", [1, 4, 5, 7, 16])
+def test_a_run_of_so_many_epochs_passes_over_every_volume_so_often(prepared, volumes_per_batch):
+    options = OPTIONS | {"volumes_per_batch": volumes_per_batch}
+    data = loader.PretrainLoader(prepared, **options)
+    steps = RunConfig(epochs=100).total_steps(data.batches_per_epoch)
+    seen = Counter(data.volume_of(index) for step in range(steps) for index in data.samples(step))
+    assert min(seen.values()) >= 100
+    assert sum(seen.values()) - 7 * 100 < volumes_per_batch
 
 
 def test_resumes_in_mid_epoch_bit_for_bit(prepared):
@@ -115,6 +127,29 @@ def test_refuses_a_state_of_something_else(prepared, tmp_path):
         loader.PretrainLoader(store.Store(prepared.folder, prepared.spec, [], []), **OPTIONS)
     with pytest.raises(ValueError, match="dtype 'float16'"):
         loader.PretrainLoader(prepared, **OPTIONS, dtype="float16")
+
+
+def sourced(prepared, sources):
+    """A loader of the same volumes, each of another source, drawn from equally often."""
+    volumes = [line | {"source": source} for line, source in zip(prepared.volumes, sources, strict=True)]
+    made = store.Store(prepared.folder, prepared.spec, volumes, prepared.report)
+    return loader.PretrainLoader(made, **OPTIONS, weights=dict.fromkeys(sources, 1.0))
+
+
+def test_goes_on_where_a_source_was_moved_but_not_where_volumes_changed_theirs(prepared):
+    iterator = iter(sourced(prepared, ["/data/a"] * 3 + ["/data/b"] * 4))
+    take(iterator, 2)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = take(iterator, 3)
+    older = {key: value for key, value in state.items() if key != "sources"}
+    for saved in (state, older):
+        moved = iter(sourced(prepared, ["/disk/z"] * 3 + ["/data/b"] * 4))
+        moved.set_state(saved)
+        assert equal(take(moved, 3), expected)
+    divided = sourced(prepared, ["/data/a"] * 4 + ["/data/b"] * 3)
+    assert divided.mix.shares == moved._loader.mix.shares
+    with pytest.raises(ValueError, match=r"^iterator state was saved with sources"):
+        iter(divided).set_state(state)
 
 
 def test_flips_and_window_reach_the_crop(prepared):

@@ -175,9 +175,22 @@ def test_labels(tmp_path):
     read = nifti.read(ct_files.write(tmp_path / "x.nii.gz", label.astype(np.float32)), label=True)
     assert np.array_equal(read.values(), label)
     assert code_of(ct_files.write(tmp_path / "x.nii.gz", label * 0.5), label=True) == "not_labels"
+    assert code_of(ct_files.write(tmp_path / "x.nii.gz", label * 0.997), label=True) == "not_labels"
     assert (
         code_of(ct_files.write(tmp_path / "x.nii.gz", label.astype(np.int16) - 1), label=True) == "not_labels"
     )
+
+
+@pytest.mark.parametrize("highest", [1, 3, 13, 17, 255])
+@pytest.mark.parametrize("kind", [np.uint8, np.int16])
+def test_labels_that_were_written_as_floats(tmp_path, highest, kind):
+    """With the header of an integer image, which then scales them: to within rounding."""
+    label = np.arange(8 * 9 * 10).reshape(8, 9, 10) % 256 * highest // 255
+    image = nibabel.Nifti1Image(label.astype(np.float64), ct_files.affine_of("LPS"))
+    image.header.set_data_dtype(kind)
+    nibabel.save(image, tmp_path / "x.nii.gz")
+    if kind is np.int16 or 255 % highest == 0:  # what the file can hold
+        assert np.array_equal(nifti.read(tmp_path / "x.nii.gz", label=True).labels(), label)
 
 
 HARD = {

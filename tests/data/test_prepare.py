@@ -155,6 +155,19 @@ def test_brats_is_relabelled_and_regions_are_nested(main, tmp_path):
     ]
 
 
+def test_values_are_changed_as_the_file_means_them(main, tmp_path):
+    source = make("brats21", tmp_path / "download")
+    path = source / "BraTS2021_00002/BraTS2021_00002_seg.nii.gz"
+    values = np.asarray(nibabel.load(path).dataobj)
+    image = nibabel.Nifti1Image((2 * values).astype(np.uint8), nibabel.load(path).affine)
+    image.header.set_slope_inter(0.5, 0)
+    nibabel.save(image, path)
+    np.testing.assert_array_equal(nibabel.load(path).get_fdata(), values)
+    assert main(["brats21", f"--source={source}", f"--output={tmp_path / 'raw'}"]) == 0
+    after = nibabel.load(tmp_path / "raw/labelsTr/BraTS2021_00002.nii.gz")
+    np.testing.assert_array_equal(after.get_fdata(), np.where(values == 4, 3, values))
+
+
 def test_copies_stand_alone(main, tmp_path):
     source = make("kits23", tmp_path / "download")
     assert main(["kits23", f"--source={source}", f"--output={tmp_path / 'raw'}", "--copy"]) == 0

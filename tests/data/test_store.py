@@ -254,7 +254,7 @@ def test_a_dead_worker_is_a_reason(source, tmp_path, monkeypatch):
     "MAMBAMIM_SOURCE" not in os.environ, reason="needs a labelled set: MAMBAMIM_SOURCE=FOLDER"
 )
 def test_organ_volumes_of_a_folder(tmp_path):
-    """Every organ of a real set comes out within 1% of its volume in the file."""
+    """Every organ of a real set that lies whole in its scan comes out within 1% of its volume in the file."""
     cases = [case for case in datasets.discover(os.environ["MAMBAMIM_SOURCE"]) if case.label]
     prepared = store.prepare(cases, tmp_path / "store", max_lost=1.0)
     stored = {case.id: nifti.read(case.label, label=True) for case in cases}
@@ -264,7 +264,8 @@ def test_organ_volumes_of_a_folder(tmp_path):
         voxel = abs(np.linalg.det(label.affine[:3, :3])) / 1.5**3
         alone = volume.resample(label, (1.5, 1.5, 1.5), label=True, dtype=np.uint16).voxels
         kept = np.asarray(prepared.label(n)[:])
-        for value in np.unique(label.voxels)[1:]:
+        ends = [np.unique(np.take(label.voxels, end, axis)) for axis in range(3) for end in (0, -1)]
+        for value in np.setdiff1d(label.voxels, [0, *np.concatenate(ends)]):
             expected = (label.voxels == value).sum() * voxel
             errors[entry.id, int(value)] = abs((kept == value).sum() / expected - 1)
             nearest.append(abs((alone == value).sum() / expected - 1))
@@ -297,7 +298,8 @@ def test_preprocessing_of_a_large_volume_equals_scipy(tmp_path):
     expected = ndimage.map_coordinates(hu.astype(np.float32), where, order=1, mode="nearest")
     assert np.abs(expected - stored[tuple(points)]).max() < 0.51  # stored as whole HU
     nearest = ndimage.map_coordinates(label, where, order=0, mode="nearest")
-    assert np.mean(nearest != kept[tuple(points)]) < 1e-3
+    clear = (np.abs(where - np.floor(where) - 0.5) > 1e-3).all(0)  # halfway between two voxels either will do
+    assert np.mean((nearest != kept[tuple(points)])[clear]) < 1e-3
     for value in (1, 2, 3):
         assert (kept == value).sum() * 1.5**3 == pytest.approx((label == value).sum() * 0.64, rel=0.01)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 
 import numpy as np
 import pytest
 
-from mambamim_jax.data import datasets, store
+from mambamim_jax.data import datasets, preprocess, store
 from tests.data import ct_files
 
 
@@ -27,6 +28,60 @@ def test_a_label_that_is_added_later_is_the_one_that_counts(tmp_path):
     ct_files.write(tmp_path / "ct" / "a_seg.nii", (ct_files.body() > 0).astype(np.uint8))
     store.prepare(datasets.discover(tmp_path / "ct"), tmp_path / "store", workers=0)
     assert [entry.has_label for entry in store.open_store(tmp_path / "store").entries] == [True]
+
+
+def test_label_maps_of_an_earlier_recipe_are_made_again_and_nothing_else(tmp_path, monkeypatch):
+    ct_files.write(tmp_path / "ct" / "alone.nii", ct_files.body(seed=1))
+    ct_files.write(tmp_path / "ct" / "labelled.nii", ct_files.body())
+    ct_files.write(tmp_path / "ct" / "labelled_seg.nii", (ct_files.body() > 0).astype(np.uint8))
+    cases, folder = datasets.discover(tmp_path / "ct"), tmp_path / "store"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(preprocess, "RECIPE", 1)
+        old = store.prepare(cases, folder, workers=0)
+    for path in folder.glob("cases/*.json"):
+        record = json.loads(path.read_bytes())
+        assert record.pop("recipe") == 1
+        path.write_bytes(preprocess.dump_json(record))  # as the first recipe left it
+    assert len(store.open_store(folder)) == 2  # for what reads no labels
+    again = store.prepare(cases, folder, workers=0, old_labels=True)
+    assert [entry.folder for entry in again.entries] == [entry.folder for entry in old.entries]
+    seen = []
+    new = store.prepare(cases, folder, workers=0, progress=lambda *a: seen.append(a))
+    assert seen == [(1, 2, ""), (2, 2, "labelled")]
+    assert new.entries[0].folder == old.entries[0].folder
+    assert new.entries[1].folder != old.entries[1].folder  # so that a run with the old ones isn't taken up
+    assert new.fingerprint == old.fingerprint
+    assert [entry.folder for entry in store.open_store(folder).entries] == [e.folder for e in new.entries]
+    store.prepare(cases, folder, workers=0, progress=lambda *a: seen.append(a))
+    assert seen[2:] == [(2, 2, "")]
+
+
+@pytest.mark.parametrize(
+    ("slope", "voxel", "value"), [((1 / 255, 0.0), 255, 1), ((2.0, 0.0), 1, 2), ((1.0, 3.0), 2, 5)]
+)
+def test_label_values_are_those_that_the_file_means(tmp_path, slope, voxel, value):
+    ct_files.write(tmp_path / "ct" / "a.nii", ct_files.body())
+    stored = (ct_files.body() > 0).astype(np.uint8) * np.uint8(voxel)
+    ct_files.write(tmp_path / "ct" / "a_seg.nii", stored, slope=slope)
+    prepared = store.prepare(datasets.discover(tmp_path / "ct"), tmp_path / "store", workers=0)
+    assert prepared.volumes[0]["label_values"] == [int(slope[1]), value]
+    assert np.unique(prepared.label(0)).tolist() == [int(slope[1]), value]
+
+
+@pytest.mark.parametrize("how", ["longer", "tilted"])
+def test_a_label_comes_out_on_the_grid_of_its_image(tmp_path, how):
+    """Its own affine would give it another plane, or count it as tilted, though it lies within half a millimetre."""
+    affine, near = np.diag([1.0, 1.1, 2.0, 1.0]), np.diag([1.0, 1.1, 2.002, 1.0])
+    if how == "tilted":
+        near = affine.copy()
+        near[:3, :3] = ct_files.rotation(0.03) @ affine[:3, :3]
+    voxels = ct_files.body((40, 37, 197))
+    ct_files.write(tmp_path / "ct" / "a.nii", voxels, near)
+    ct_files.write(tmp_path / "ct" / "a_seg.nii", (voxels > 0).astype(np.uint8), affine)
+    prepared = store.prepare(datasets.discover(tmp_path / "ct"), tmp_path / "store", workers=0)
+    assert prepared.report[0]["label_status"] == "ok"
+    assert prepared.label(0).shape == prepared.image(0).shape
+    assert (prepared.image(0)[:][prepared.label(0)[:] == 1] > -550).mean() > 0.97
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
 from scipy import ndimage
 
-from mambamim_jax.evaluate.metrics import METRICS, score, surface, surface_distances
+from mambamim_jax.evaluate.metrics import METRICS, diagonal, score, surface, surface_distances, union_box
 
 SHAPE = (30, 20, 24)
 
@@ -122,6 +123,58 @@ def test_absent_missed_and_invented():
         found = score(*pair, spacing, 1.0)
         assert found.status == status
         assert values(found) == (0.0, 0.0, pytest.approx(longest), 0.0)
+
+
+FULL, MILLIMETRE = np.ones((4, 5, 6), bool), np.eye(3)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "labelled"),
+    [(FULL, FULL[:1]), (FULL, FULL[0]), (FULL[0], FULL[0]), (FULL[None], FULL[None])],
+)
+def test_masks_that_are_not_of_one_shape_are_refused(predicted, labelled):
+    """Also those that NumPy would broadcast."""
+    found = rf"masks: found {re.escape(f'{predicted.shape} and {labelled.shape}')}, expected \(i, j, k\)"
+    with pytest.raises(ValueError, match=found):
+        score(predicted, labelled, MILLIMETRE, 1.0)
+    with pytest.raises(ValueError, match=found):
+        surface_distances(predicted, labelled, MILLIMETRE)
+    with pytest.raises(ValueError, match=found):
+        union_box(predicted, labelled)
+
+
+@pytest.mark.parametrize("affine", [np.ones(3), np.eye(2), np.ones((3, 4)), np.diag([1.0, np.nan, 1.0])])
+def test_another_affine_is_refused(affine):
+    for measure in (
+        lambda: score(FULL, FULL, affine, 1.0),
+        lambda: surface_distances(FULL, FULL, affine),
+        lambda: diagonal(FULL.shape, affine),
+    ):
+        with pytest.raises(ValueError, match=r"affine: found .*, expected \(3, 3\) or \(4, 4\)"):
+            measure()
+    with pytest.raises(ValueError, match=r"shape: found \(4, 5\), expected"):
+        diagonal((4, 5), MILLIMETRE)
+
+
+def test_what_has_no_value_is_refused():
+    for wrong, match in ((FULL * np.nan, "masks: found NaN"), (FULL[0], r"masks: found \(5, 6\), expected")):
+        with pytest.raises(ValueError, match=match):
+            surface(wrong)
+    with pytest.raises(ValueError, match="masks: found NaN"):
+        score(FULL, FULL * np.nan, MILLIMETRE, 1.0)
+    with pytest.raises(ValueError, match="one without a voxel"):
+        surface_distances(FULL, ~FULL, MILLIMETRE)
+    for tolerance in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="tolerance: found"):
+            score(FULL, FULL, MILLIMETRE, tolerance)
+
+
+def test_any_number_but_zero_is_inside():
+    a, b = blobs(1)
+    expected = score(a, b, np.diag([1.0, 2.0, 3.0]), 2.0)
+    numbers = np.where(a, 3, 0).astype(np.int16), np.where(b, 0.25, 0.0)
+    assert score(*numbers, np.diag([1.0, 2.0, 3.0, 1.0]), 2.0) == expected
+    assert np.array_equal(surface(numbers[0]), surface(a))
 
 
 def blobs(seed):

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -237,10 +238,25 @@ def test_a_full_disk_is_one_line_and_what_is_done_stays(scans, tmp_path, monkeyp
     assert len([*out.glob("*.nii*")]) == 3 * (1 + soft)
 
 
-def test_a_scan_too_large_for_the_memory_does_not_stop_the_others(scans, tmp_path, monkeypatch):
-    read = failing_at(2, prediction.read_scan, MemoryError("Unable to allocate 150. GiB"))
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 150. GiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3.50GiB."),
+    ],
+    ids=["host", "device"],
+)
+def test_a_scan_too_large_for_the_memory_does_not_stop_the_others(error, scans, tmp_path, monkeypatch):
+    read = failing_at(2, prediction.read_scan, error)
     monkeypatch.setattr(prediction, "read_scan", read)
     failures = prediction.predict(["model"], scans, tmp_path / "out", Options())
     assert [path.name for path in sorted((tmp_path / "out").glob("*.gz"))] == ["a.nii.gz", "c.nii.gz"]
     assert len(failures) == 1
     assert failures[0].startswith(f"{scans / 'b.nii.gz'}: out of memory")
+
+
+def test_another_error_of_a_device_is_not_taken_for_a_scan_s(scans, tmp_path, monkeypatch):
+    read = failing_at(2, prediction.read_scan, jax.errors.JaxRuntimeError("INTERNAL: a kernel failed"))
+    monkeypatch.setattr(prediction, "read_scan", read)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel failed"):
+        prediction.predict(["model"], scans, tmp_path / "out", Options())

@@ -144,10 +144,43 @@ def test_agrees_with_monai(shape, overlap):
     np.testing.assert_allclose(found, np.moveaxis(expected[0].numpy(), 0, -1), atol=1e-5)
 
 
-@pytest.mark.parametrize("wrong", [{"overlap": 1.0}, {"overlap": -0.1}, {"batch": 0}, {"flips": (3,)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"overlap": 1.0},
+        {"overlap": -0.1},
+        {"batch": 0},
+        {"flips": (3,)},
+        {"window": 8},
+        {"window": (8, 6)},
+        {"window": (8, 6, 0)},
+        {"window": (8, 6, 8.5)},
+    ],
+)
 def test_what_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
-        SlidingWindow(network, WINDOW, **wrong)
+        SlidingWindow(network, **{"window": WINDOW, **wrong})
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (9, 9, 10), (1, 8, 6, 10, 1), (0, 6, 10, 1)])
+def test_an_image_of_another_shape_is_refused(shape):
+    """Without its channels, an image as long as the window would be read as one of so many channels."""
+    with pytest.raises(ValueError, match=r"image: found .*, expected \(h, w, d, c\)"):
+        SlidingWindow(network, WINDOW)(np.zeros(shape, np.float32), [PARAMS])
+
+
+@pytest.mark.parametrize("members", [[], PARAMS])
+def test_members_are_a_list(members):
+    with pytest.raises(ValueError, match=r"members: found .*, expected a list"):
+        SlidingWindow(network, WINDOW)(draw(WINDOW), members)
+
+
+@pytest.mark.parametrize("flips", [(), (0,)])
+def test_an_output_of_another_size_is_refused(flips):
+    """Also one that NumPy would broadcast."""
+    sliding = SlidingWindow(lambda params, x: x.mean((1, 2, 3), keepdims=True), WINDOW, flips=flips)
+    with pytest.raises(ValueError, match=r"network: found \(1, 1, 1, 1, 2\) of \(1, 8, 6, 10, 2\), expected"):
+        sliding(draw(WINDOW), [PARAMS])
 
 
 def test_labels_of_regions_are_written_in_their_order():

@@ -56,3 +56,14 @@ def test_bad_masks_are_refused():
         kept_tokens((2, 2, 2), 0.99)
     with pytest.raises(ValueError, match="one equal number"):
         Mask.from_active(jnp.asarray([[[[True, False]]], [[[True, True]]]]))
+    for shape in ((2, 2, 2), (0, 2, 2, 2), (1, 2, 0, 2)):
+        with pytest.raises(ValueError, match=r"active: found .*, expected \(b, gh, gw, gd\)"):
+            Mask.from_active(np.ones(shape, bool))
+
+
+@pytest.mark.parametrize(
+    "visible", [[[[[False, True]]], [[[True, False]]]], np.array([[[[0, 2]]], [[[1, 0]]]])]
+)
+def test_a_mask_of_a_list_or_of_numbers(visible):
+    mask = Mask.from_active(visible)
+    assert (mask.indices.tolist(), mask.grid) == ([[1], [0]], (1, 1, 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from flax import nnx
 
 from mambamim_jax.model.encoder import ENCODERS
-from mambamim_jax.model.mask import draw_mask, patch_grid
+from mambamim_jax.model.mask import Mask, draw_mask, patch_grid
 from mambamim_jax.model.mim import MaskedImageModel
 from mambamim_jax.model.rngs import Rngs
 from mambamim_jax.model.segmenter import Segmenter
@@ -63,6 +65,38 @@ def test_a_segmenter_over_any_encoder(name):
     logits = nnx.eval_shape(lambda: module()(jnp.zeros(shape)))
     assert logits.shape == (*shape[:4], 5)
     assert logits.dtype == jnp.float32
+
+
+def fitting():
+    """Two crops and their mask."""
+    return jnp.zeros((2, *CROP, 1)), draw_mask(jax.random.key(1), 2, GRID, 0.75)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "shape", [CROP, (2, *CROP), (0, *CROP, 1), (2, 0, 32, 32, 1), (2, *CROP, 3), (2, 1, *CROP)]
+)
+def test_crops_of_another_shape_are_refused(name, shape):
+    encoder = nnx.eval_shape(lambda: ENCODERS[name](**SMALL[name], rngs=Rngs(0)))
+    with pytest.raises(ValueError, match=rf"crop: found {re.escape(str(shape))}, expected \(b, h, w, d, 1\)"):
+        encoder(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_another_mask_is_refused(name):
+    """Also one of one sample, or on a grid of as many patches."""
+    model, (x, mask) = nnx.eval_shape(lambda: build(name)), fitting()
+    turned = draw_mask(jax.random.key(1), 2, (2, 2, 3), 0.75)
+    for network in (model.encoder, model):
+        for wrong, match in (
+            (mask.active, "mask: found ArrayImpl, expected a Mask"),
+            (Mask(mask.indices[:1], GRID), r"1 samples on a grid of \(3, 2, 2\), expected 2 on \(3, 2, 2\)"),
+            (turned, r"2 samples on a grid of \(2, 2, 3\), expected 2 on \(3, 2, 2\)"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                network(x, wrong)
+    with pytest.raises(ValueError, match="mask: found NoneType"):
+        model(x, None)
 
 
 def test_bad_sizes_are_refused():

@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mambamim_jax.model.mask import Mask
 from mambamim_jax.train.losses import reconstruction_loss, segmentation_loss, targets_of
@@ -48,6 +49,31 @@ def test_loss_is_float32_whatever_comes_in():
     low = reconstruction.astype(jnp.bfloat16)
     mask = Mask.from_active(np.asarray(active))
     assert reconstruction_loss(low, image, mask) == reconstruction_loss(low.astype(jnp.float32), image, mask)
+
+
+def test_what_does_not_fit_is_refused():
+    """Also shapes that broadcast."""
+    reconstruction, image, active = sample()
+    mask, same = Mask.from_active(active), "the same for both"
+    for found, wanted in (
+        (reconstruction, image[:1]),
+        (reconstruction[0], image[0]),
+        (reconstruction[..., 0],) * 2,
+    ):
+        with pytest.raises(ValueError, match=same):
+            reconstruction_loss(found, wanted, mask)
+    for wrong, match in (
+        (active, "mask: found ndarray, expected a Mask"),
+        (Mask.from_active(active[:1]), "mask: found 1 samples"),
+        (Mask.from_active(active.swapaxes(2, 3)), r"on a grid of \(3, 1, 2\), expected 2 on \(3, 2, 1\)"),
+        (Mask.from_active(np.ones_like(active)), "mask: hides none of 6 patches"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            reconstruction_loss(reconstruction, image, wrong)
+    logits, label = segmentation_sample()
+    for target in (targets_of(label, 3)[:1], label, targets_of(label, 1)):
+        with pytest.raises(ValueError, match=same):
+            segmentation_loss(logits, target)
 
 
 def dice_by_hand(probability, target):

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from mambamim_jax.checks import ConfigError
-from mambamim_jax.data import datasets, store
+from mambamim_jax.data import datasets, preprocess, store, worker
 from mambamim_jax.data.phantom import write_phantoms
 from mambamim_jax.data.volume import window_intensity
 from mambamim_jax.settings import DataConfig, PretrainConfig
@@ -48,6 +48,17 @@ def test_a_store_and_raw_folders_give_the_same(sources, tmp_path):
     batches = [next(iter(loader)) for loader in (raw, ready)]
     assert np.array_equal(batches[0]["image"], batches[1]["image"])
     assert not (tmp_path / "other" / "store").exists()
+
+
+def test_labels_of_an_earlier_recipe_do_not_matter(sources, tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(preprocess, "RECIPE", 1)
+        old = loader_of(tmp_path, source=str(sources[0])).store
+    assert old.entries[0].has_label
+    monkeypatch.setattr(
+        worker, "run_jobs", lambda jobs, workers: iter(jobs and pytest.fail("prepared again"))
+    )
+    assert loader_of(tmp_path, source=str(sources[0])).store.fingerprint == old.fingerprint
 
 
 def test_weights_decide_how_often_a_source_is_drawn(sources, tmp_path):

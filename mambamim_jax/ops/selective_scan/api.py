@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mambamim_jax.ops import partition
@@ -62,6 +63,7 @@ KERNELS = {
     "pallas_mosaic": _kernel("pallas_mosaic"),
 }
 """Implementations with a backward pass of their own."""
+DTYPES = tuple(map(jnp.dtype, ("bfloat16", "float16", "float32", "float64")))
 IMPLEMENTATIONS = ("auto", *PLAIN, *KERNELS)
 
 
@@ -86,10 +88,12 @@ def selective_scan(
         h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t
         y_t = (C_t · h_t + D u_t) SiLU(z_t)
 
-    Gu and Dao, *Mamba*, arXiv 2312.00752, section 3. Differentiable in every array argument.
+    Gu and Dao, *Mamba*, arXiv 2312.00752, section 3. Arrays are JAX's, NumPy's or nested lists,
+    each bfloat16, float16, float32 or float64, with every size at least 1. Differentiable in every one of them in
+    reverse mode, once; in forward mode and more often by "reference" and "associative" alone.
 
     Args:
-        u: inputs (b, l, e), l ≥ 1, any float dtype.
+        u: inputs (b, l, e).
         delta: step sizes before bias and softplus (b, l, e).
         A: state matrix's diagonal (e, n), negative.
         B: input projection (b, l, n).
@@ -101,21 +105,21 @@ def selective_scan(
         return_last_state: whether to return the state after the last token run too.
         reverse: run from the last token to the first. The initial state then precedes the last token, and the
             last state is the one after token 0.
-        implementation: "auto" (by device), "reference", "associative", "sequential", "pallas_triton" or
-            "pallas_mosaic".
+        implementation: "auto" (by device), "reference", "associative", "sequential", or of NVIDIA GPUs
+            "pallas_triton" or "pallas_mosaic".
 
     Returns:
         y (b, l, e) in u's dtype; with ``return_last_state`` also the state (b, e, n), float32, or float64
         where an input is. Arithmetic is in the state's dtype whatever the inputs' are.
 
     Raises:
-        ValueError: if the shapes do not fit each other, the implementation is unknown or one that this jax has no
-            backend for, or "pallas_mosaic" is asked for on a GPU older than Hopper or with inputs that it cannot take.
+        ValueError: if the shapes do not fit each other, an array is of another dtype, the implementation is unknown
+            or one that this jax has no backend for or this device cannot run, or "pallas_mosaic" is asked for on a GPU
+            older than Hopper or with inputs that it cannot take.
     """
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    _check(inputs)
+    inputs = _checked(u, delta, A, B, C, D, z, delta_bias, initial_state)
     name = _choose(inputs) if implementation == "auto" else implementation
-    if name.startswith("pallas"):
+    if name in KERNELS and name.startswith("pallas"):
         _require(name, inputs)
     if name in KERNELS:
         y, last = _scan_parts(name, reverse, return_last_state, inputs)
@@ -183,13 +187,16 @@ def _device() -> tuple[str, str]:
 def _require(name: str, inputs: ScanInputs) -> None:
     """Raises ValueError for a kernel that is not there, or Mosaic's where compiling it would abort the process.
 
-    A CPU may lower for a card.
+    A CPU may lower for a card, but not run: what is not traced is refused.
     """
-    reason = _missing(name) if name in KERNELS else None
+    platform, capability = _device()
+    reason = _missing(name)
     if name == "pallas_mosaic" and reason is None:
-        platform, capability = _device()
         card = ("gpu", "9.0") if platform == "cpu" else (platform, capability)
         reason = cards.refusal(inputs, *card, cards.HOPPER)
+    traced = any(isinstance(x, jax.core.Tracer) for x in inputs)
+    if reason is None and platform == "cpu" and not (traced or _module(name).is_interpreted()):
+        reason = cards.device_refusal(platform, capability)
     if reason is not None:
         raise ValueError(f"selective_scan: implementation {name!r}: {reason}; use 'auto'")
 
@@ -214,12 +221,22 @@ def _log_once(message: str) -> None:
     log.warning(message)
 
 
-def _check(inputs: ScanInputs) -> None:
+def _checked(*given: Any) -> ScanInputs:
+    """The inputs as JAX's arrays; raises ValueError for dtypes and shapes that do not fit."""
+    inputs = ScanInputs._make(None if x is None else jnp.asarray(x) for x in given)
+    for name, array in zip(ScanInputs._fields, inputs):
+        if array is not None and array.dtype not in DTYPES:
+            known = ", ".join(map(str, DTYPES))
+            raise ValueError(
+                f"selective_scan: found {name} of {array.dtype}, expected one of {known}; convert it"
+            )
     u, A = inputs.u.shape, inputs.A.shape
-    if len(u) != 3 or len(A) != 2 or u[1] < 1:
-        raise ValueError(f"selective_scan: found u {u} and A {A}, expected (b, l, e) with l ≥ 1 and (e, n)")
+    if len(u) != 3 or len(A) != 2 or 0 in (*u, *A):
+        expected = "(b, l, e) and (e, n), every size ≥ 1"
+        raise ValueError(f"selective_scan: found u {u} and A {A}, expected {expected}")
     (b, l, e), n = u, A[1]
-    expected = [u, u, (e, n), (b, l, n), (b, l, n), (e,), u, (e,), (b, e, n)]
-    for name, array, shape in zip(ScanInputs._fields, inputs, expected):
+    shapes = [u, u, (e, n), (b, l, n), (b, l, n), (e,), u, (e,), (b, e, n)]
+    for name, array, shape in zip(ScanInputs._fields, inputs, shapes):
         if array is not None and array.shape != shape:
             raise ValueError(f"selective_scan: found {name} {array.shape}, expected {shape} (u {u}, A {A})")
+    return inputs

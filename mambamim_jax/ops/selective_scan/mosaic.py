@@ -41,6 +41,11 @@ def interpreted() -> Iterator[None]:
         _interpret = before
 
 
+def is_interpreted() -> bool:
+    """Whether kernels traced now run by the interpreter, which needs no GPU."""
+    return bool(_interpret)
+
+
 def forward(inputs: ScanInputs, reverse: bool, save: bool) -> tuple[Array, Array, Array | None]:
     """`reference.scan`; saves the state before every chunk (b, chunks, n, e)."""
     (b, length, width), n = inputs.u.shape, inputs.A.shape[1]

@@ -43,6 +43,11 @@ def interpreted() -> Iterator[None]:
         _interpret = before
 
 
+def is_interpreted() -> bool:
+    """Whether kernels traced now run by the interpreter, which needs no GPU."""
+    return bool(_interpret)
+
+
 def forward(
     inputs: ScanInputs, reverse: bool, save: bool, launch: Launch | None = None
 ) -> tuple[Array, Array, Array | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import pytest
 
-from mambamim_jax.ops.selective_scan import api, cards, selective_scan, triton, triton_plan, tuning
+from mambamim_jax.ops.selective_scan import api, cards, triton, triton_plan, tuning
 from mambamim_jax.ops.selective_scan.contract import ScanInputs
 from tests.ops.selective_scan.cases import assert_close, random_inputs, run
 
@@ -26,8 +26,34 @@ def test_wrong_shape_is_named(field):
 
 
 def test_unknown_implementation_is_named():
-    with pytest.raises(ValueError, match="'fast', expected one of"):
-        run(random_inputs(SHAPE), "fast")
+    for name in ("fast", "pallas_fast"):
+        with pytest.raises(ValueError, match=f"'{name}', expected one of"):
+            run(random_inputs(SHAPE), name)
+
+
+@pytest.mark.parametrize("name", ["pallas_triton", "pallas_mosaic"])
+def test_kernels_say_on_a_cpu_what_they_need(name, monkeypatch):
+    monkeypatch.setattr(api, "_device", lambda: ("cpu", ""))
+    needs = f"'{name}': found platform cpu, expected an NVIDIA GPU; use 'auto'"
+    with pytest.raises(ValueError, match=needs):
+        run(random_inputs(SHAPE), name)
+
+
+@pytest.mark.parametrize("field", ScanInputs._fields)
+@pytest.mark.parametrize("dtype", ["int32", "bool"])
+def test_only_floats_are_taken(field, dtype):
+    """Integers would make y integers, each cut off."""
+    inputs = random_inputs(SHAPE)
+    wrong = inputs._replace(**{field: getattr(inputs, field).astype(dtype)})
+    with pytest.raises(ValueError, match=f"found {field} of {dtype}, expected one of bfloat16, .*float32"):
+        run(wrong, "auto")
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "associative", "sequential"])
+def test_lists_are_taken(implementation):
+    inputs = random_inputs(SHAPE)
+    found = run(ScanInputs._make(x.tolist() for x in inputs), implementation)
+    assert_close(found, run(inputs, implementation), 0, "lists")
 
 
 def test_mosaic_names_what_it_cannot_take(monkeypatch):
@@ -102,7 +128,7 @@ def test_chunks_of_the_ends_cover_the_segments_and_cost_none(b, l, work):
         assert ends.chunk == launch.ends_chunk
 
 
-def test_no_tokens_is_an_error():
-    *arrays, _ = random_inputs((1, 0, 8, 4))
-    with pytest.raises(ValueError, match="l ≥ 1"):
-        selective_scan(*arrays)
+@pytest.mark.parametrize("shape", [(0, 3, 8, 4), (1, 0, 8, 4), (1, 3, 0, 4), (1, 3, 8, 0)])
+def test_an_empty_size_is_an_error(shape):
+    with pytest.raises(ValueError, match=r"found u .* and A .*, expected .*every size ≥ 1"):
+        run(random_inputs(shape), "auto")
