@@ -36,7 +36,7 @@ from mambamim_jax.train.step import (
     initial_state,
     make_step,
 )
-from mambamim_jax.train.summary import Outcome, summarise
+from mambamim_jax.train.summary import Outcome, going_on, summarise
 
 
 @dataclass
@@ -78,9 +78,7 @@ def train(
     start = restored.step if restored else 0
     if restored:
         stream.resume(restored.data, workdir)
-        where = checkpoints.folder / str(start)
-        terminal.say(f"continuing at step {start} of {steps} from {where}" if start < steps else
-                     f"nothing is left to train: {where} is there, and step {steps} is the last")  # fmt: skip
+        terminal.say(going_on(checkpoints.folder, start, steps))
     log = open_log(workdir, start, task.validation is not None, terminal.say)
     names = list(adamw.trained(like["params"]))
     drawn = task.panel and config.log.panel_every

@@ -36,6 +36,14 @@ class Outcome:
     signal: int = 0
 
 
+def going_on(checkpoints: Path, step: int, steps: int) -> str:
+    """What a run that has a checkpoint of a step begins with."""
+    where = checkpoints / str(step)
+    if step < steps:
+        return f"continuing at step {step} of {steps} from {where}"
+    return f"nothing is left to train: {where} is there, and step {steps} is the last"
+
+
 def summarise(
     task: Task,
     workdir: Path,
@@ -59,10 +67,11 @@ def summarise(
     first, last = float(np.mean(losses[:ENDS])), float(np.mean(losses[-ENDS:]))
     outcome = Outcome(rows[-1]["step"] if rows else 0, steps, first, last, rate, signal)
     done = f"stopped by signal {signal}" if signal else "done"
+    reached = f"step {outcome.step}" + (f" of {steps}" if outcome.step <= steps else "")
     took = duration(sum(row["seconds"] for row in rows))
     lines = [
         "",
-        f"{task.name} {done}: step {outcome.step} of {steps}, {took} of training",
+        f"{task.name} {done}: {reached}, {took} of training",
         *(f"  {line}" for line in task.description),
         f"  loss         {first:.4f} → {last:.4f} (means of {ENDS} steps)",
         f"  speed        {rate:.2f} samples/s",
