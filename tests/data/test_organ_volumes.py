@@ -1,4 +1,4 @@
-"""Organs keep the volume that they have within the resampled grid, also where the scan's end cuts them."""
+"""Labels keep the volume that they have within the resampled grid, cut by the scan's end or inside an organ."""
 
 import numpy as np
 import pytest
@@ -115,3 +115,44 @@ def test_organ_volumes_are_kept_at_the_border_with_the_background(orientation, s
         inside = nearest.voxels == value
         assert ndimage.binary_dilation(inside, structure)[kept.voxels == value].all()
         assert (kept.voxels == value)[ndimage.binary_erosion(inside, structure)].all()
+
+
+def ball(at, spacing, centre, radius):
+    return sum(((x - c) * s) ** 2 for x, c, s in zip(at, centre, spacing)) <= radius**2
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("radius", [3.2, 5.0])
+@pytest.mark.parametrize("spacing", [(3.0, 3.0, 3.0), (2.0, 2.0, 2.0), (0.8, 0.8, 3.0)])
+def test_a_lesion_and_the_organ_around_it_keep_their_volumes(spacing, radius, seed):
+    """At 3 mm the nearest voxel makes three of a stored one or one, by whether it lies at an even place."""
+    size = [int(60 / s) for s in spacing]
+    centre = np.array(size) / 2 + np.random.default_rng(seed).uniform(-1, 1, 3)
+    at, label = np.ogrid[tuple(map(slice, size))], np.zeros(size, np.uint8)
+    label[ball(at, spacing, centre, 24)] = 1
+    label[ball(at, spacing, centre, radius)] = 2
+    out = kept(Volume(label, np.diag([*spacing, 1.0]))).voxels
+    for value, most in ((1, 0.006), (2, 0.05)):
+        expected = (label == value).sum() * np.prod(spacing) / 1.5**3
+        assert (out == value).sum() == pytest.approx(expected, rel=most)
+    places = [np.argwhere(a == 2).mean(0) * s for a, s in ((label, np.array(spacing)), (out, 1.5))]
+    np.testing.assert_allclose(*places, atol=1.5)
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
+def test_labels_within_labels_all_keep_their_volumes(order):
+    """Whatever their values: a label that is right is not changed for the sake of the next."""
+    at, label = np.ogrid[:24, :24, :24], np.zeros((24, 24, 24), np.int16)
+    for value, centre, radius in zip(order, ((12, 12, 12), (10, 12, 13), (9, 12, 13)), (27, 13, 7)):
+        label[ball(at, (3.0, 3.0, 3.0), centre, radius)] = value
+    out = kept(Volume(label, ct_files.affine_of("LPS", (3.0, 3.0, 3.0)))).voxels
+    for value in order:
+        assert (out == value).sum() == pytest.approx((label == value).sum() * 8, rel=0.006)
+
+
+def test_what_a_lesion_gives_up_is_of_the_organ_around_it():
+    label = np.ones((9, 9, 9), np.uint8)
+    label[:, :, :4], label[4, 4, 6] = 7, 2
+    out = kept(Volume(label, np.diag([3.0, 3.0, 3.0, 1.0]))).voxels
+    assert (out == 2).sum() == 8
+    assert np.unique(out[6:11, 6:11, 10:15]).tolist() == [1, 2]
