@@ -221,9 +221,12 @@ def _resample_tilted(volume: Volume, spacing: Spacing, label: bool, dtype: type,
     size = tuple(int(n) for n in np.round((high - low) / spacing + 1.0))
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = low
-    to_index = np.linalg.inv(volume.affine) @ affine
     if label:
-        return Volume(planes.cast(_nearest_tilted(volume.labels(), to_index, size), dtype), affine)
+        # halfway between two voxels the order decides, which must not be that of the file
+        turned = orientations.apply_orientation(volume.labels(), orientations.io_orientation(volume.affine))
+        to_index = np.linalg.inv(_canonical(volume)[1]) @ affine
+        return Volume(planes.cast(_nearest_tilted(turned, to_index, size), dtype), affine)
+    to_index = np.linalg.inv(volume.affine) @ affine
     from scipy import ndimage  # slow to import, rarely needed
 
     # drawn in by a hair, so that rounding does not put the outermost voxels outside

@@ -136,6 +136,26 @@ def test_labels_of_tilted_scans_take_the_nearest_voxel(affine):
     assert (out.voxels[ndimage.binary_erosion(~inside)] == 0).all()
 
 
+@pytest.mark.parametrize("codes", ["LPS", "RAI", "SLA", "AIR"])
+@pytest.mark.parametrize("angle", [0, 10])
+def test_labels_do_not_depend_on_the_order_that_they_are_stored_in(angle, codes):
+    """Nor where samples lie halfway between two voxels, as along x here."""
+    affine = ct_files.rotation(angle) @ np.diag([3.0, 0.8, 0.8])
+    affine = nibabel.affines.from_matvec(affine, [-20.0, 10.0, 300.0])
+    label = np.random.default_rng(0).integers(1, 9, (10, 24, 22)).astype(np.uint8)
+    stored = nibabel.Nifti1Image(label, affine)
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.io_orientation(affine), nibabel.orientations.axcodes2ornt(codes)
+    )
+    turned = stored.as_reoriented(turn)
+    first, other = (
+        volume.resample(volume.Volume(np.asarray(v.dataobj), v.affine), SPACING, label=True, dtype=np.uint16)
+        for v in (stored, turned)
+    )
+    np.testing.assert_array_equal(other.voxels, first.voxels)
+    np.testing.assert_allclose(other.affine, first.affine, atol=1e-9)
+
+
 def test_slope_and_integer_storage():
     affine = ct_files.affine_of("RAS", spacing=SPACING)
     stored = np.arange(6 * 7 * 8, dtype=np.uint16).reshape(6, 7, 8)
