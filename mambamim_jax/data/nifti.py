@@ -27,8 +27,8 @@ HU_CEILING = 32767.0
 HU_AIR = -200.0
 """A CT of any body part has some voxel below this (air, or fat's lower tail): what has none is not in HU."""
 LABEL_TOLERANCE = 1e-3
-"""How far a label's value may lie from a whole number: slope and intercept of a file that was written as floats leave
-as much.
+"""How far a label's value may lie from a whole number; in integer voxels with a slope below a half, which hold what was
+written as floats, as far as they round it: by half a slope.
 """
 _UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 _GZIP_MAX_RATIO = 1100  # deflate can't expand more than 1032-fold
@@ -282,13 +282,15 @@ def _check_hu(volume: Volume, path: Path, low: float) -> None:
 
 def _check_labels(volume: Volume, path: Path) -> None:
     lowest, highest = _range(volume, path)
-    off = 0.0
-    if not (volume.plain and volume.voxels.dtype.kind in "iu"):
+    integers, slope, off = volume.voxels.dtype.kind in "iu", abs(volume.slope), 0.0
+    if not (volume.plain and integers):
         values = volume.values()
         off = float(np.abs(values - np.rint(values)).max())
-    if round(lowest) < 0 or round(highest) > 65535 or off > LABEL_TOLERANCE:
+    tolerance = max(LABEL_TOLERANCE, 0.51 * slope if integers and slope < 0.5 else 0.0)
+    if round(lowest) < 0 or round(highest) > 65535 or off > tolerance:
+        far = f", up to {off:.2g} off whole numbers" if off > tolerance else ""
         raise VolumeError(
-            "not_labels", path, f"values from {lowest:g} to {highest:g}, expected whole 0 to 65535"
+            "not_labels", path, f"values from {lowest:g} to {highest:g}{far}, expected whole 0 to 65535"
         )
 
 

@@ -181,16 +181,31 @@ def test_labels(tmp_path):
     )
 
 
-@pytest.mark.parametrize("highest", [1, 3, 13, 17, 255])
-@pytest.mark.parametrize("kind", [np.uint8, np.int16])
+@pytest.mark.parametrize(
+    ("highest", "kind"),
+    [(n, np.uint8) for n in (1, 3, 13, 100, 117, 255)]
+    + [(n, np.int16) for n in (1, 13, 117, 205, 1000, 30_000)],
+)
 def test_labels_that_were_written_as_floats(tmp_path, highest, kind):
     """With the header of an integer image, which then scales them: to within rounding."""
-    label = np.arange(8 * 9 * 10).reshape(8, 9, 10) % 256 * highest // 255
+    label = np.arange(8 * 9 * 10).reshape(8, 9, 10) * highest // 719
     image = nibabel.Nifti1Image(label.astype(np.float64), ct_files.affine_of("LPS"))
     image.header.set_data_dtype(kind)
     nibabel.save(image, tmp_path / "x.nii.gz")
-    if kind is np.int16 or 255 % highest == 0:  # what the file can hold
-        assert np.array_equal(nifti.read(tmp_path / "x.nii.gz", label=True).labels(), label)
+    read = nifti.read(tmp_path / "x.nii.gz", label=True)
+    assert np.array_equal(read.labels(), label)
+    same = volume.resample(read, read.spacing, label=True, dtype=np.uint16)
+    assert np.array_equal(np.sort(same.voxels, None), np.sort(label, None))
+
+
+@pytest.mark.parametrize(("slope", "off"), [(0.4, "0.4"), (0.25, "0.5"), (0.6, "0.4"), (1 / 255, "0.5")])
+def test_integers_that_a_slope_makes_other_than_labels(tmp_path, slope, off):
+    voxels = np.arange(8 * 9 * 10).reshape(8, 9, 10).astype(np.uint8) % 200
+    path = ct_files.write(tmp_path / "x.nii", voxels, slope=(slope, 0.0))
+    with pytest.raises(
+        volume.VolumeError, match=rf"up to {off} off whole numbers, expected whole 0 to 65535"
+    ):
+        nifti.read(path, label=True)
 
 
 HARD = {
