@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int:
                 report_path=folder / "report" / "data_report.jsonl",
                 workers=config.workers or None,
                 progress=lambda done, total, name: bar.update(task, completed=done, description=name),
+                say=print,
                 **{key: getattr(config, key) for key in KEPT},
             )
     except HelpRequested as help_text:

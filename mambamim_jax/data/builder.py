@@ -20,6 +20,7 @@ from mambamim_jax.data.datasets import Case
 from mambamim_jax.data.preprocess import RECIPE, TEMPORARY, dump_json, stamp, write_atomic
 
 Progress = Callable[[int, int, str], None]
+Say = Callable[[str], None]
 Record = dict[str, Any]
 
 
@@ -63,8 +64,12 @@ def bring_up_to_date(
     workers: int | None,
     progress: Progress | None,
     old_labels: bool = False,
+    say: Say | None = None,
 ) -> list[dict[str, Any]]:
-    """Preprocess what is missing or changed; the record of every case, in order."""
+    """Preprocess what is missing or changed; the record of every case, in order.
+
+    What is of an earlier recipe is done again, but for volumes without a label or, with ``old_labels``, all volumes.
+    """
     for parent in ("volumes", "cases", "."):
         for leftover in (folder / parent).glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(
@@ -73,16 +78,21 @@ def bring_up_to_date(
     records: dict[str, dict[str, Any]] = {}
     jobs: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda case: _current(folder, case, old_labels), cases))
+        found = list(pool.map(lambda case: _current(folder, case), cases))
+    earlier = 0
     for case, record in zip(cases, found):
-        path = _record_path(case)
-        if record:
+        path, used = _record_path(case), bool(record and record["status"] == "used")
+        old = bool(record and record.get("recipe", 1) != RECIPE)
+        earlier += old and used and case.label is not None
+        if record and (not old or (used and (old_labels or case.label is None))):
             records[path] = record
         else:
             images, label = _sources(case)
             jobs[path] = {"store": str(folder), "record": path, "id": case.id, "source": case.source}
             jobs[path] |= {"images": images, "label": label}
             jobs[path] |= {key: value for key, value in spec.items() if key != "version"}
+    if say and earlier:
+        say(f"{earlier} label maps of an earlier recipe are {'kept' if old_labels else 'made again'}")
     if progress and records:
         progress(len(records), len(cases), "")
     keys = {(job["id"], job["images"][0], job["label"]): path for path, job in jobs.items()}
@@ -99,16 +109,12 @@ def _sources(case: Case) -> tuple[list[str], str | None]:
     return images, os.path.abspath(case.label) if case.label else None
 
 
-def _current(folder: Path, case: Case, old_labels: bool) -> Record | None:
-    """A case's record if its files are as they were, and so is its volume; a damaged one is removed.
-
-    One of an earlier recipe is done again, unless there is no label or, with ``old_labels``, its own will do.
-    """
+def _current(folder: Path, case: Case) -> Record | None:
+    """A case's record if its files are as they were, and so is its volume; a damaged one is removed."""
     record, (images, label) = _load(folder / _record_path(case)), _sources(case)
     if not record or record["stamp"] != stamp([*images, *([label] if label else [])]):
         return None
-    will_do = record["status"] == "used" and (old_labels or label is None)
-    if not _whole(folder, record) or (record.get("recipe", 1) != RECIPE and not will_do):
+    if not _whole(folder, record):
         return None
     if record["status"] == "used" and damage(folder, record["volume"], record.get("label_status") == "ok"):
         shutil.rmtree(folder / "volumes" / record["volume"], ignore_errors=True)

@@ -27,7 +27,7 @@ import numpy as np
 
 from mambamim_jax.data import arrays, builder, crop, volume
 from mambamim_jax.data.arrays import StoreError
-from mambamim_jax.data.builder import Progress, Record
+from mambamim_jax.data.builder import Progress, Record, Say
 from mambamim_jax.data.datasets import Case, discover_all
 from mambamim_jax.data.preprocess import dump_json, write_atomic
 from mambamim_jax.types import NumpyArray, Size3, Spacing
@@ -165,6 +165,7 @@ def prepare(
     max_lost: float = 0.1,
     workers: int | None = None,
     progress: Progress | None = None,
+    say: Say | None = None,
 ) -> Store:
     """Preprocess the cases that ``folder`` does not hold yet, and open it for exactly these cases, in their
     order.
@@ -178,10 +179,11 @@ def prepare(
         encoding: ``npy`` (fast) or ``blosc2`` (compact), see ``arrays``. intensity: ``hu``, one channel kept
             as it is; or ``zscore``, any channels, normalised over their non-zero voxels.
         labels: ``nearest`` voxel alone; or ``volume``, with every organ's volume kept, see ``organ_volumes``.
-        old_labels: take those of an earlier recipe, too, in place of making them again: for whom reads none.
+        old_labels: take those of an earlier recipe, too, in place of making them again: for whom reads none, or
+            goes on with them.
         report_path: write one JSON line per case here. max_lost: largest share of cases that may be refused.
         workers: processes; None for one per core and at most eight. progress: called with (done, total, case
-            id).
+            id). say: called with a line on label maps of an earlier recipe, where there are some.
 
     Raises:
         DataLossError: none usable, or more than ``max_lost`` refused.
@@ -199,7 +201,7 @@ def prepare(
     try:
         with builder.locked(folder):
             builder.check_spec(folder, spec)
-            records = builder.bring_up_to_date(cases, folder, spec, workers, progress, old_labels)
+            records = builder.bring_up_to_date(cases, folder, spec, workers, progress, old_labels, say)
             volumes, report = builder.assemble(folder, records)
             builder.write_manifest(folder, spec)
         store = Store(folder, spec, volumes, report)

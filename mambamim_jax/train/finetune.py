@@ -61,7 +61,7 @@ def finetune(config: FinetuneConfig, workdir: Path, terminal: Terminal | None = 
         def read() -> tuple[dict[str, NumpyArray], LabelledData]:
             table = read_labels(config, workdir)
             weights = start(config, table, terminal) if new else {}
-            return weights, prepare_labelled(config, table, workdir, terminal)
+            return weights, prepare_labelled(config, table, workdir, terminal, goes_on=not new)
 
         loaded, data = first_alone("data", read)
         loader = make_loader(config, data, placement.rows(config.data.batch))

@@ -64,9 +64,12 @@ def read_labels(config: FinetuneConfig, workdir: Path) -> LabelTable:
 
 
 def prepare_labelled(
-    config: FinetuneConfig, table: LabelTable, workdir: Path, terminal: Terminal
+    config: FinetuneConfig, table: LabelTable, workdir: Path, terminal: Terminal, goes_on: bool = False
 ) -> LabelledData:
     """Finds, checks and prepares the cases of the split.
+
+    Args:
+      goes_on: the run is there, and keeps the label maps that it began with where they are of an earlier recipe.
 
     Raises:
       DatasetError, DataLossError, StoreError: one line on what is wrong.
@@ -80,6 +83,7 @@ def prepare_labelled(
         for n, case in enumerate(chosen):
             check_case(case, table)
             progress(n + 1, len(chosen), case.id)
+    kept = "; the run goes on with them, a new --workdir makes them again" if goes_on else ""
     with terminal.counting("Preparing volumes") as progress:
         prepared = store.prepare(
             chosen,
@@ -89,8 +93,10 @@ def prepare_labelled(
             intensity="hu" if normalisation[0]["kind"] == "window" else "zscore",
             report_path=workdir / "data_report.jsonl",
             max_lost=data.max_lost,
+            old_labels=goes_on,
             workers=data.workers or None,
             progress=progress,
+            say=lambda line: terminal.say(line + kept),
         )
     terminal.say(prepared.summary)
     check_labels(prepared, table)

@@ -45,15 +45,19 @@ def test_label_maps_of_an_earlier_recipe_are_made_again_and_nothing_else(tmp_pat
     assert len(store.open_store(folder)) == 2  # for what reads no labels
     again = store.prepare(cases, folder, workers=0, old_labels=True)
     assert [entry.folder for entry in again.entries] == [entry.folder for entry in old.entries]
-    seen = []
-    new = store.prepare(cases, folder, workers=0, progress=lambda *a: seen.append(a))
+    seen, said = [], []
+    options = {"workers": 0, "say": said.append}
+    store.prepare(cases, folder, old_labels=True, **options)
+    new = store.prepare(cases, folder, progress=lambda *a: seen.append(a), **options)
+    assert said == [f"1 label maps of an earlier recipe are {what}" for what in ("kept", "made again")]
     assert seen == [(1, 2, ""), (2, 2, "labelled")]
     assert new.entries[0].folder == old.entries[0].folder
     assert new.entries[1].folder != old.entries[1].folder  # so that a run with the old ones isn't taken up
     assert new.fingerprint == old.fingerprint
     assert [entry.folder for entry in store.open_store(folder).entries] == [e.folder for e in new.entries]
-    store.prepare(cases, folder, workers=0, progress=lambda *a: seen.append(a))
+    store.prepare(cases, folder, progress=lambda *a: seen.append(a), **options)
     assert seen[2:] == [(2, 2, "")]
+    assert len(said) == 2
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from mambamim_jax.data import preprocess
 from mambamim_jax.data.phantom import write_phantoms
 from mambamim_jax.model_files import load_model
 from mambamim_jax.settings_finetune import ValidationConfig
@@ -99,6 +100,22 @@ def whole(finetune, phantoms, tmp_path_factory):
         assert not (folder / "best").exists()
         assert finetune(arguments(folder, phantoms)) == 0
     return workdir, killed, stopped
+
+
+def test_a_run_goes_on_with_the_label_maps_that_it_began_with(finetune, phantoms, tmp_path, capsys):
+    run, again = ({"data__store": tmp_path / "store", "steps": steps} for steps in (2, 4))
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr(preprocess, "RECIPE", 1)
+        assert finetune(arguments(tmp_path / "run", phantoms, **run)) == 0
+    assert "earlier recipe" not in capsys.readouterr().out
+    volumes = sorted((tmp_path / "store" / "volumes").iterdir())
+    assert finetune(arguments(tmp_path / "run", phantoms, **again)) == 0
+    printed = capsys.readouterr().out
+    assert "3 label maps of an earlier recipe are kept; the run goes on with them, a new --workdir" in printed
+    assert sorted((tmp_path / "store" / "volumes").iterdir()) == volumes
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert finetune(arguments(tmp_path / "new", phantoms, **run)) == 0
+    assert "3 label maps of an earlier recipe are made again\n" in capsys.readouterr().out
 
 
 def test_everything_is_left_in_the_workdir(whole):
