@@ -90,6 +90,7 @@ def bring_up_to_date(
             images, label = _sources(case)
             jobs[path] = {"store": str(folder), "record": path, "id": case.id, "source": case.source}
             jobs[path] |= {"images": images, "label": label}
+            jobs[path]["earlier"] = record["volume"] if record and used else None
             jobs[path] |= {key: value for key, value in spec.items() if key != "version"}
     if say and earlier:
         say(f"{earlier} label maps of an earlier recipe are {'kept' if old_labels else 'made again'}")

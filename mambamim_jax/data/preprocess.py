@@ -13,6 +13,7 @@ with image and label as ``.npy`` or ``.b2nd``, see ``arrays``.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -42,7 +43,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: ``store`` (folder), ``record`` (file of the record), ``id``, ``source``, ``images``, ``label``
-            (or None); and ``spacing``, ``window``, ``encoding``, ``intensity`` and ``labels`` of ``store.prepare``.
+            (or None), ``earlier`` (the case's volume of an earlier recipe, where there is one); and
+            ``spacing``, ``window``, ``encoding``, ``intensity`` and ``labels`` of ``store.prepare``.
 
     Raises:
         OSError: the store can't be written; nothing half-written is left.
@@ -95,7 +97,8 @@ def _preprocess(job: dict[str, Any]) -> dict[str, Any]:
     folder = Path(job["store"]) / "volumes" / f"{_plain(job['id'])}-{key}"
     if not (folder / "meta.json").is_file():
         parts, meta = (_channels if normalised else _ct)(job, contents, label_content)
-        _write_folder(folder, parts, meta | {"content": digest}, job["encoding"])
+        earlier = folder.with_name(job["earlier"]) if job.get("earlier") else None
+        _write_folder(folder, parts, meta | {"content": digest}, job["encoding"], earlier)
     meta = json.loads((folder / "meta.json").read_bytes())
     return {"volume": folder.name, "label_status": meta["label"]}
 
@@ -228,15 +231,21 @@ def _digest(voxels: NumpyArray) -> str:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def _write_folder(folder: Path, parts: dict[str, NumpyArray], meta: dict[str, Any], encoding: str) -> None:
+def _write_folder(
+    folder: Path, parts: dict[str, NumpyArray], meta: dict[str, Any], encoding: str, earlier: Path | None
+) -> None:
     """Write all of a volume's files under a passing name, then rename the folder: it is there whole or not
     at all.
+
+    A file that ``earlier``, another folder of the same store, holds with equal bytes takes no room of its own.
     """
     partial = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
     try:
         partial.mkdir()
         for name, array in parts.items():
             arrays.write(partial / name, array, "npy" if name == "index" else encoding)
+        if earlier:
+            _share(partial, earlier)
         with open(partial / "meta.json", "wb") as file:
             file.write(dump_json(meta))
             file.flush()
@@ -250,6 +259,18 @@ def _write_folder(folder: Path, parts: dict[str, NumpyArray], meta: dict[str, An
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _share(partial: Path, earlier: Path) -> None:
+    """Put a link in the place of each file that another folder holds with equal bytes, where there can be one."""
+    for file in [*partial.iterdir()]:
+        link, other = file.with_name(f"{TEMPORARY}link"), earlier / file.name
+        try:
+            if filecmp.cmp(file, other, shallow=False):
+                link.hardlink_to(other)
+                link.replace(file)
+        except OSError:
+            continue
 
 
 def write_atomic(path: Path, content: bytes) -> None:

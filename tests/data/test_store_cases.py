@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,8 @@ def test_label_maps_of_an_earlier_recipe_are_made_again_and_nothing_else(tmp_pat
     with monkeypatch.context() as earlier:
         earlier.setattr(preprocess, "RECIPE", 1)
         old = store.prepare(cases, folder, workers=0)
+    voxels = np.array(old.image(1))
+    np.save(old.path(1, "label"), np.zeros_like(old.label(1)))  # what was wrong with it
     for path in folder.glob("cases/*.json"):
         record = json.loads(path.read_bytes())
         assert record.pop("recipe") == 1
@@ -58,6 +61,14 @@ def test_label_maps_of_an_earlier_recipe_are_made_again_and_nothing_else(tmp_pat
     store.prepare(cases, folder, progress=lambda *a: seen.append(a), **options)
     assert seen[2:] == [(2, 2, "")]
     assert len(said) == 2
+    before, after = ({f.name: f for f in Path(s.path(1, "")).iterdir()} for s in (old, new))
+    assert before.keys() == after.keys()
+    assert all(
+        after[name].samefile(file) == (name in ("image.npy", "index.npy")) for name, file in before.items()
+    )
+    after["image.npy"].write_bytes(b"")  # both are the same
+    whole = store.prepare(cases, folder, **options)
+    assert np.array_equal(whole.image(1), voxels)
 
 
 @pytest.mark.parametrize(
