@@ -26,6 +26,7 @@ Record = dict[str, Any]
 
 THREADS = 16
 """For looking at many small files, which on a file server mostly waits."""
+NOT_ALLOWED = (errno.EACCES, errno.EROFS, errno.EPERM)
 EARLIER = {"intensity": "hu", "labels": "nearest"}
 """What ``store.json`` left out once, and how the volumes were made then."""
 
@@ -92,6 +93,8 @@ def bring_up_to_date(
             jobs[path] |= {"images": images, "label": label}
             jobs[path]["earlier"] = record["volume"] if record and used else None
             jobs[path] |= {key: value for key, value in spec.items() if key != "version"}
+    if earlier and not old_labels:
+        _check_written(folder, earlier)
     if say and earlier:
         say(f"{earlier} label maps of an earlier recipe are {'kept' if old_labels else 'made again'}")
     if progress and records:
@@ -103,6 +106,20 @@ def bring_up_to_date(
         if progress:
             progress(len(records), len(cases), record["id"])
     return [records[_record_path(case)] for case in cases]
+
+
+def _check_written(folder: Path, earlier: int) -> None:
+    """Raises StoreError where so many label maps are to be made again, and nothing may be written."""
+    path = folder / "volumes" / f"{TEMPORARY}{os.getpid()}"
+    try:
+        write_atomic(path, b"")
+        path.unlink()
+    except OSError as error:
+        if error.errno not in NOT_ALLOWED:
+            raise
+        what = f"{earlier} label maps are of an earlier recipe and must be made again"
+        advice = "name another store (--config.data.store), in a folder you may write to"
+        raise StoreError(f"{folder}: {what}, but it can't be written ({error.strerror}); {advice}") from error
 
 
 def _sources(case: Case) -> tuple[list[str], str | None]:
@@ -205,7 +222,7 @@ def explain(error: OSError, folder: Path) -> str:
     """What went wrong with writing a store, in one line."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{folder}: disk full; nothing half-written is left, free some space and run again to go on"
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+    if error.errno in NOT_ALLOWED:
         where = error.filename or folder
         return f"{where}: can't be written ({error.strerror}); name a folder you may write to"
     return f"{folder}: {error.strerror or error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -69,6 +70,29 @@ def test_label_maps_of_an_earlier_recipe_are_made_again_and_nothing_else(tmp_pat
     after["image.npy"].write_bytes(b"")  # both are the same
     whole = store.prepare(cases, folder, **options)
     assert np.array_equal(whole.image(1), voxels)
+
+
+def test_label_maps_of_an_earlier_recipe_in_a_store_that_is_read_only(tmp_path, monkeypatch):
+    ct_files.write(tmp_path / "ct" / "a.nii", ct_files.body())
+    ct_files.write(tmp_path / "ct" / "a_seg.nii", (ct_files.body() > 0).astype(np.uint8))
+    cases, folder, said, real = datasets.discover(tmp_path / "ct"), tmp_path / "store", [], open
+    with monkeypatch.context() as earlier:
+        earlier.setattr(preprocess, "RECIPE", 1)
+        old = store.prepare(cases, folder, workers=0)
+
+    def failing(path, mode="r", *rest, **options):
+        if "w" in mode and str(path).startswith(str(folder)):
+            raise OSError(errno.EACCES, "Permission denied")
+        return real(path, mode, *rest, **options)
+
+    monkeypatch.setattr("builtins.open", failing)
+    monkeypatch.setattr(preprocess, "run", lambda job: pytest.fail("begun"))
+    assert store.prepare(cases, folder, workers=0, old_labels=True).entries == old.entries
+    what = "1 label maps are of an earlier recipe and must be made again"
+    advice = r"can't be written \(Permission denied\); name another store \(--config.data.store\)"
+    with pytest.raises(store.StoreError, match=f"^{folder}: {what}, but it {advice}"):
+        store.prepare(cases, folder, workers=0, say=said.append)
+    assert said == []
 
 
 @pytest.mark.parametrize(
