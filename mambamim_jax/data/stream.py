@@ -77,7 +77,10 @@ class Loader(ABC):
         self.crops_per_volume, self.volumes_per_batch = crops_per_volume, volumes_per_batch
         self.threads, self.workers = threads, workers
         self.rows = rows
-        self.mix = Mix.of([entry.source for entry in store.entries], weights)
+        sources = [entry.source for entry in store.entries]
+        self.mix = Mix.of(sources, weights)
+        names = list(dict.fromkeys(sources))
+        self.sources_sorted = weights is None or names == sorted(names)
 
     @abstractmethod
     def batch(self, number: int) -> dict[str, NumpyArray]:
@@ -99,7 +102,8 @@ class Loader(ABC):
     def identity(self) -> dict[str, Any]:
         """What a saved iterator state must agree with for its samples to be the same.
 
-        "sources" says which volumes share which part of an epoch; older states lack it.
+        "sources" says which volumes share which part of an epoch; older states lack it, whose runs drew from weighted
+        sources in the order of their paths.
         """
         sampling = f"{self.crops_per_volume} {self.mix.shares} {self.sampling}"
         return {
@@ -176,6 +180,10 @@ class BatchIterator(Iterator[dict[str, NumpyArray]]):
         Raises:
             ValueError: the state belongs to another seed, batch size, data set, mix of sources or way of cropping.
         """
+        if "sources" not in state and not self._loader.sources_sorted:
+            what = "by an earlier version, which drew from weighted sources in the order of their paths"
+            advice = "this run's stand in another, so that its samples would differ: begin anew"
+            raise ValueError(f"iterator state was saved {what}; {advice}")
         for key, expected in self._loader.identity.items():
             if state.get(key, expected if key == "sources" else None) != expected:
                 what = f"{key} {state.get(key)!r}, this run has {expected!r}"

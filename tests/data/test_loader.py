@@ -142,10 +142,12 @@ def test_goes_on_where_a_source_was_moved_but_not_where_volumes_changed_theirs(p
     state = json.loads(json.dumps(iterator.get_state()))
     expected = take(iterator, 3)
     older = {key: value for key, value in state.items() if key != "sources"}
-    for saved in (state, older):
-        moved = iter(sourced(prepared, ["/disk/z"] * 3 + ["/data/b"] * 4))
+    for saved, other in ((state, "/data/b"), (state, "/disk/zz"), (older, "/disk/zz")):
+        moved = iter(sourced(prepared, ["/disk/z"] * 3 + [other] * 4))
         moved.set_state(saved)
         assert equal(take(moved, 3), expected)
+    with pytest.raises(ValueError, match="weighted sources in the order of their paths; this run's stand in"):
+        iter(sourced(prepared, ["/disk/z"] * 3 + ["/data/b"] * 4)).set_state(older)
     divided = sourced(prepared, ["/data/a"] * 4 + ["/data/b"] * 3)
     assert divided.mix.shares == moved._loader.mix.shares
     with pytest.raises(ValueError, match=r"^iterator state was saved with sources"):
