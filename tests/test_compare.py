@@ -140,9 +140,10 @@ def test_absent_classes_stay_out(workdir):
     rows = starts.read_scores(workdir / "runs" / "scratch_100_0" / "evaluation")
     other = [dict(row) for row in rows]
     other[0]["dice"] = float("nan")
-    merged = starts.mean_over_seeds([rows, other])
-    assert np.isnan(merged[0]["dice"])
-    assert merged[1]["dice"] == rows[1]["dice"]
+    for seeds in ([rows, other], [rows, rows[1:]], [rows[1:], rows]):
+        merged = {(row["case"], row["class"]): row for row in starts.mean_over_seeds(seeds)}
+        assert np.isnan(merged[rows[0]["case"], rows[0]["class"]]["dice"])
+        assert merged[rows[1]["case"], rows[1]["class"]]["dice"] == rows[1]["dice"]
 
 
 def test_shares_have_folders_and_headings_of_their_own(workdir, tmp_path):

@@ -128,6 +128,8 @@ def mean_over_seeds(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]
             found[row["case"], row["class"]].append(row)
     return [
         {**rows[0], **{m: float(np.mean([row[m] for row in rows])) for m in METRICS}}
+        if len(rows) == len(runs)
+        else {**rows[0], **dict.fromkeys(METRICS, math.nan)}
         for rows in found.values()
     ]
 

@@ -139,9 +139,17 @@ def _masks(*given: NumpyArray) -> list[NumpyArray]:
         raise ValueError(
             f"masks: found {' and '.join(map(str, shapes))}, expected (i, j, k), the same for all"
         )
-    if any(array.dtype.kind in "fc" and np.isnan(array).any() for array in arrays):
+    if any(_has_nan(array) for array in arrays):
         raise ValueError("masks: found NaN, expected 0 outside and any other number inside")
     return [array.astype(bool, copy=False) for array in arrays]
+
+
+def _has_nan(array: NumpyArray) -> bool:
+    if array.dtype.kind in "biu":
+        return False
+    return bool(
+        np.isnan(array if array.dtype.kind in "fc" else array.astype(np.float32)).any()
+    )  # also of bfloat16
 
 
 def _matrix(affine: NumpyArray) -> NumpyArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -160,8 +161,11 @@ def test_what_has_no_value_is_refused():
     for wrong, match in ((FULL * np.nan, "masks: found NaN"), (FULL[0], r"masks: found \(5, 6\), expected")):
         with pytest.raises(ValueError, match=match):
             surface(wrong)
-    with pytest.raises(ValueError, match="masks: found NaN"):
-        score(FULL, FULL * np.nan, MILLIMETRE, 1.0)
+    for dtype in (np.float32, jnp.bfloat16, object):
+        nowhere = np.full(FULL.shape, np.nan, dtype)
+        with pytest.raises(ValueError, match="masks: found NaN"):
+            score(FULL, nowhere, MILLIMETRE, 1.0)
+        assert score(FULL, np.ones_like(nowhere), MILLIMETRE, 1.0).dice == 1
     with pytest.raises(ValueError, match="one without a voxel"):
         surface_distances(FULL, ~FULL, MILLIMETRE)
     for tolerance in (-1.0, math.nan):
