@@ -60,7 +60,7 @@ class Trainer:
             if saving and step == 0:
                 jax.device_get(metrics)
                 begun = time.perf_counter()
-                self.checkpoints.save(self.number, self.state, {}, self.config)
+                self.checkpoints.save(self.number, self.state, {}, self.config, self.number)
                 stood = time.perf_counter() - begun
         jax.block_until_ready(self.state)
         begun = time.perf_counter()

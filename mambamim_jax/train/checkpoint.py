@@ -11,6 +11,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,9 +24,9 @@ import orbax.checkpoint as ocp
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.model_files import models
 from mambamim_jax.settings import CheckpointConfig, RunConfig, flat
-from mambamim_jax.settings_model import ENCODERS
 from mambamim_jax.train.optim import paths
 from mambamim_jax.train.processes import all_agree, first_alone, several
+from mambamim_jax.train.resume import compare
 from mambamim_jax.train.sharding import on_host
 from mambamim_jax.train.step import State
 from mambamim_jax.types import Array
@@ -75,8 +76,8 @@ class Checkpoints:
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
 
-    def save(self, step: int, state: State, data: Mapping[str, Any], config: RunConfig) -> None:
-        """Starts saving; the state may be donated as soon as this returns.
+    def save(self, step: int, state: State, data: Mapping[str, Any], config: RunConfig, steps: int) -> None:
+        """Starts saving; the state may be donated as soon as this returns. ``steps``: of the whole run.
 
         Where there is no room nothing is written. Processes agree on that before, since one that fails while the others
         write leaves them waiting for it.
@@ -86,8 +87,8 @@ class Checkpoints:
         if not all_agree(not room):
             self._say_unsaved(room or "no room for another process's part")
             return
-        meta = {"step": step, "data": dict(data), "config": flat(config), "checksums": checksums(state)}
-        meta = json.loads(json.dumps(meta))
+        meta = {"step": step, "steps": steps, "data": dict(data), "config": flat(config)}
+        meta = json.loads(json.dumps(meta | {"checksums": checksums(state)}))
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"crc": _crc(meta)})
         )
@@ -101,7 +102,7 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Step, data position, configuration and checksums of a checkpoint.
+        """Step, the run's steps, data position, configuration and checksums of a checkpoint.
 
         Raises: ValueError, OSError where they are damaged or cannot be read.
         """
@@ -109,6 +110,13 @@ class Checkpoints:
         if meta.pop("crc", None) != _crc(meta):
             raise ValueError("the checksum of its description differs")
         return meta
+
+    def newest(self) -> dict[str, Any] | None:
+        """``meta`` of the newest checkpoint whose description is whole."""
+        for step in reversed(self.steps()):
+            with suppress(Exception):  # damaged: restore() will say so
+                return self.meta(step)
+        return None
 
     def restore(self, like: Any) -> Restored | None:
         """The newest checkpoint that is whole; None where there is none at all.
@@ -238,43 +246,9 @@ def open_checkpoints(workdir: Path, config: RunConfig, say: Callable[[str], None
         found = f"found models of a run in {workdir}: {', '.join(left)}"
         advice = "choose another --workdir, or --config.resume=auto to move them to its folder earlier"
         raise ConfigError("config.resume", found, "a workdir without any", advice)
-    for step in reversed(steps):
-        try:
-            saved = checkpoints.meta(step)["config"]
-        except Exception:  # damaged: restore() will say so
-            continue
-        compare(saved, config, workdir, say)
-        break
+    if saved := checkpoints.newest():
+        compare(saved["config"], config, workdir, say)
     return checkpoints
-
-
-def compare(saved: dict[str, Any], config: RunConfig, workdir: Path, say: Callable[[str], None]) -> None:
-    """Tells harmless differences to the saved configuration and refuses the others.
-
-    A key that the library did not have when the run was saved had what is its default; those of an encoder that is not
-    in use are harmless.
-
-    Raises: ConfigError that names every key that would change what is trained.
-    """
-    now, saved = flat(config), flat(type(config)()) | saved
-    unused = [f"model.{name}" for name in ENCODERS if name != now.get("model.encoder")]
-    changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
-    free = [key for key in changed if any(f"{key}.".startswith(f"{n}.") for n in (*config.harmless, *unused))]
-    for key in [key for key in free if key != "resume"]:
-        say(f"config.{key}: now {now.get(key)!r}, was {saved.get(key)!r} when the run was saved")
-    if _length(now) != _length(saved):
-        say("from here on the learning rate and the weight decay follow the schedule of the new length")
-    fatal = [key for key in changed if key not in free]
-    if fatal:
-        differences = ", ".join(f"{key} {now.get(key)!r} (was {saved.get(key)!r})" for key in fatal)
-        keys = "config." + ", config.".join(fatal)
-        advice = "take those, or another --workdir for a new run"
-        raise ConfigError(keys, f"found {differences}", f"the values of the run in {workdir}", advice)
-
-
-def _length(record: Mapping[str, Any]) -> tuple[int, int]:
-    """What decides how long a run is: its steps, or else its epochs."""
-    return record["steps"], 0 if record["steps"] else record["epochs"]
 
 
 def differences(expected: Mapping[str, int], found: Mapping[str, int]) -> str:

@@ -24,6 +24,7 @@ from mambamim_jax.train.optim import make_optimiser
 from mambamim_jax.train.panel import Panel
 from mambamim_jax.train.processes import Watchdog, Work, first_tells
 from mambamim_jax.train.progress import Show, Terminal
+from mambamim_jax.train.resume import planned
 from mambamim_jax.train.sharding import Placement, on_host, one_device
 from mambamim_jax.train.signals import Stopped, caught_signals
 from mambamim_jax.train.step import (
@@ -69,7 +70,7 @@ def train(
       NonFiniteError: the loss or a gradient was not finite; nothing of that step is kept.
       ConfigError: the data are not those that the run was started with.
     """
-    steps = config.total_steps(loader.batches_per_epoch)
+    steps, before = planned(config, loader.batches_per_epoch, checkpoints.newest())
     adamw, schedule = make_optimiser(config.optim, steps, task.unused_parameters, task.rate_scales)
     placement = placement or one_device()
     stream = Feed(iter(loader), task.inputs, placement.put)
@@ -78,7 +79,7 @@ def train(
     start = restored.step if restored else 0
     if restored:
         stream.resume(restored.data, workdir)
-        terminal.say(going_on(checkpoints.folder, start, steps))
+        terminal.say(going_on(checkpoints.folder, start, steps, before))
     log = open_log(workdir, start, task.validation is not None, terminal.say)
     names = list(adamw.trained(like["params"]))
     drawn = task.panel and config.log.panel_every
@@ -196,7 +197,7 @@ class _Run:
     def save(self, state: State, stream: Feed) -> None:
         """A checkpoint, after the rows that belong to it."""
         self.log.sync()
-        self.checkpoints.save(self.step, state, stream.get_state(), self.config)
+        self.checkpoints.save(self.step, state, stream.get_state(), self.config, self.steps)
 
     def conclude(self, state: State) -> None:
         """What follows the last step; done again where a kill may have come before its end."""

@@ -36,12 +36,16 @@ class Outcome:
     signal: int = 0
 
 
-def going_on(checkpoints: Path, step: int, steps: int) -> str:
-    """What a run that has a checkpoint of a step begins with."""
+def going_on(checkpoints: Path, step: int, steps: int, before: int) -> str:
+    """What a run that has a checkpoint of a step begins with; ``before``: its length when it was saved."""
     where = checkpoints / str(step)
-    if step < steps:
-        return f"continuing at step {step} of {steps} from {where}"
-    return f"nothing is left to train: {where} is there, and step {steps} is the last"
+    if step >= steps:
+        return f"nothing is left to train: {where} is there, and step {steps} is the last"
+    line = f"continuing at step {step} of {steps} from {where}"
+    if steps == before:
+        return line
+    schedule = "from here on the learning rate and the weight decay follow the schedule of the new length"
+    return f"{line}\n{schedule}: {steps} steps, was {before}"
 
 
 def summarise(

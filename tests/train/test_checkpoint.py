@@ -1,14 +1,23 @@
 """Going on from a checkpoint: what is refused, what is told, and settings of another version of the library."""
 
+import json
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.settings import LogConfig, PretrainConfig, flat
-from mambamim_jax.train.checkpoint import compare
+from mambamim_jax.train.checkpoint import _crc
+from mambamim_jax.train.resume import compare
 from tests.train.test_loop import Killed, die_at
 from tests.train.tiny_run import CONFIG, TinyLoader, run
+
+
+class PartLoader(TinyLoader):
+    """A batch ends one epoch and begins the next."""
+
+    batches_per_epoch = Fraction(7, 4)
 
 
 def test_resume_policies_and_mismatches(tmp_path):
@@ -25,8 +34,47 @@ def test_resume_policies_and_mismatches(tmp_path):
     outcome, printed = run(tmp_path, replace(CONFIG, steps=4, log=LogConfig(every=1, panel_every=9)))
     assert outcome.step == 4
     assert "config.steps: now 4, was 9" in printed
-    assert "the weight decay follow the schedule of the new length" in printed
+    assert "the weight decay follow the schedule of the new length: 4 steps, was 9" in printed
     assert "config.log.every: now 1, was 2" in printed
+
+
+def forget_length(workdir, step):
+    """Takes the run's length out of a checkpoint, as a version of the library wrote it that did not record it."""
+    path = workdir / "checkpoints" / str(step) / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    del meta["steps"], meta["crc"]
+    path.write_text(json.dumps(meta | {"crc": _crc(meta)}))
+
+
+@pytest.mark.parametrize(("recorded", "steps"), [(True, 7), (False, 8)])
+def test_a_run_of_epochs_ends_as_it_was_begun(tmp_path, recorded, steps):
+    """Without a record its epochs were whole batches each; from then on there is one."""
+    config = replace(CONFIG, steps=0, epochs=4)
+    assert config.total_steps(PartLoader.batches_per_epoch) == 7
+    with pytest.raises(Killed):
+        run(tmp_path, config, PartLoader(die_at(5)))
+    if not recorded:
+        forget_length(tmp_path, 3)
+    for line in (
+        f"continuing at step 3 of {steps} from",
+        f"nothing is left to train: {tmp_path}/checkpoints/{steps}",
+    ):
+        outcome, printed = run(tmp_path, config, PartLoader())
+        assert (outcome.step, outcome.steps) == (steps, steps)
+        assert line in printed
+        assert "schedule" not in printed
+
+
+def test_another_length_is_told_where_it_is_another_and_something_is_left(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, replace(CONFIG, steps=0, epochs=4), PartLoader(die_at(5)))
+    for other in ({"steps": 7, "epochs": 0}, {"steps": 2, "epochs": 0}):
+        outcome, printed = run(tmp_path, replace(CONFIG, **other), PartLoader())
+        assert outcome.step == 7
+        assert "schedule" not in printed
+    assert "and step 2 is the last" in printed
+    _, printed = run(tmp_path, replace(CONFIG, steps=0, epochs=5), PartLoader())
+    assert "of the new length: 9 steps, was 7" in printed
 
 
 def changed(workdir, **changes):
