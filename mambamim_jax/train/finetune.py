@@ -29,6 +29,7 @@ from mambamim_jax.train.losses import segmentation_loss, targets_of
 from mambamim_jax.train.optim import paths, under
 from mambamim_jax.train.processes import first_alone
 from mambamim_jax.train.progress import Terminal
+from mambamim_jax.train.resume import planned
 from mambamim_jax.train.sharding import make_placement
 from mambamim_jax.train.step import Batch, Task
 from mambamim_jax.train.summary import Outcome
@@ -66,7 +67,7 @@ def finetune(config: FinetuneConfig, workdir: Path, terminal: Terminal | None = 
         loaded, data = first_alone("data", read)
         loader = make_loader(config, data, placement.rows(config.data.batch))
         same_volumes(loader, workdir, checkpoints)
-        steps = config.total_steps(loader.batches_per_epoch)
+        steps, _ = planned(config, loader.batches_per_epoch, checkpoints.newest())
         task = segment_task(config, data, workdir, terminal, steps)
         task = dataclasses.replace(task, loaded=loaded)
         return train(task, loader, config, workdir, checkpoints, terminal, placement)
