@@ -101,11 +101,12 @@ def train(
                 remat=config.remat,
                 placement=placement,
             )
-            with caught_signals() as caught:
-                run.go(step, state, stream, caught)
+            with caught_signals() as run.caught:
+                run.go(step, state, stream)
                 checkpoints.wait()
         elif restored:
-            run.conclude(restored.state)
+            with caught_signals() as run.caught:
+                run.conclude(restored.state)
         return run.finish()
     finally:
         dog.stop()
@@ -137,9 +138,9 @@ class _Run:
     turns: int = 0
     caught: list[int] = field(default_factory=list)
 
-    def go(self, step_function: Callable, state: State, stream: Feed, caught: list[int]) -> None:
+    def go(self, step_function: Callable, state: State, stream: Feed) -> None:
         """All remaining steps."""
-        self.step, self.caught = self.start, caught
+        self.step, caught = self.start, self.caught
         if self.start:
             self.validate(state)
         if self.signal:
@@ -204,7 +205,7 @@ class _Run:
         self.step = int(state["step"])
         self.validate(state)
         validation = self.task.validation
-        if validation is not None:
+        if validation is not None and not self.signal:
             kept = on_host(_same, held_parts(state))
             self.alone(lambda heard: validation.finish(self.step, kept))
 

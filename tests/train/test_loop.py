@@ -254,10 +254,11 @@ def test_a_signal_within_the_last_validation_leaves_the_end_owing(validated, tmp
     held = Stopping(times=0)
     config = replace(CONFIG, steps=8)
     run(tmp_path, replace(CONFIG, steps=7), task=validated_task(held))
-    held.times, held.finished = 1, []
-    outcome, printed = run(tmp_path, config, task=validated_task(held))
-    assert (outcome.signal, outcome.step, held.finished) == (signal.SIGTERM, 8, [])
-    assert "stopped by signal 15: step 8 of 8" in printed
+    held.times, held.finished = 2, []
+    for _ in range(2):
+        outcome, printed = run(tmp_path, config, task=validated_task(held))
+        assert (outcome.signal, outcome.step, held.finished) == (signal.SIGTERM, 8, [])
+        assert "stopped by signal 15: step 8 of 8" in printed
     outcome, printed = run(tmp_path, config, task=validated_task(held))
     assert (outcome.signal, held.finished) == (0, [8])
     assert "done: step 8 of 8" in printed
