@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,11 +34,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _rows(lines: bytes) -> list[dict[str, Any]]:
     rows = []
     for line in lines.splitlines():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             row = json.loads(line)
-            if isinstance(row, dict) and type(row.get("step")) is int:
-                rows.append(row)
-    return rows
+            if isinstance(row, dict) and is_number(row.get("step")) and row["step"] % 1 == 0:
+                rows.append({**row, "step": int(row["step"])})
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def complete(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of a metrics.jsonl that have what the end of a run reads of them."""
+    return [row for row in rows if all(is_number(row.get(name)) for name in ("loss", "lr", "seconds"))]
+
+
+def is_number(value: object) -> bool:
+    """Whether what JSON gave is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class LogFile:

@@ -19,7 +19,7 @@ from mambamim_jax import visualise
 from mambamim_jax.settings import RunConfig
 from mambamim_jax.train.checkpoint import Checkpoints
 from mambamim_jax.train.feed import Feed, Loader
-from mambamim_jax.train.logs import RunLog, SilentLog, open_log
+from mambamim_jax.train.logs import RunLog, SilentLog, complete, open_log
 from mambamim_jax.train.optim import make_optimiser
 from mambamim_jax.train.panel import Panel
 from mambamim_jax.train.processes import Watchdog, Work, first_tells
@@ -300,7 +300,7 @@ class _Run:
 
     def finish(self) -> Outcome:
         """The loss curve and the summary."""
-        kept, rows = self.checkpoints.steps(), self.log.rows()
+        kept, rows = self.checkpoints.steps(), complete(self.log.rows())
         if rows and jax.process_index() == 0:
             picture = visualise.draw_loss_curve(rows, f"{self.task.name}: loss")
             self.log.png(picture, self.workdir / "loss.png")

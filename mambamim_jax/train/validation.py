@@ -20,6 +20,7 @@ from mambamim_jax.evaluate.sliding_window import SlidingWindow
 from mambamim_jax.model_files import CONFIG, WEIGHTS, ModelFileError, flat, models, save_model
 from mambamim_jax.settings_finetune import ValidationConfig
 from mambamim_jax.train.labelled_data import LabelledData
+from mambamim_jax.train.logs import is_number
 from mambamim_jax.train.step import State
 from mambamim_jax.train.workdir import unwritable
 from mambamim_jax.types import Array, Size3, Tree
@@ -86,7 +87,8 @@ class HeldOut:
         cases = {store.entries[n].id: self._dice(window, params, n, check) for n in range(number)}
         by_class = {name: _mean([case[i] for case in cases.values()]) for i, name in enumerate(names)}
         mean = _mean(list(by_class.values()))
-        best = max((row["mean_dice"] for row in earlier if row["best"]), default=-1.0)
+        bests = [row for row in earlier if row.get("best") and is_number(row.get("mean_dice"))]
+        best = max((row["mean_dice"] for row in bests), default=-1.0)
         improved = mean is not None and mean > best
         text = f"step {step}: held-out Dice {mean if mean is None else round(mean, 4)} over {number} cases"
         self.say(f"{text}, {'the best so far' if improved else f'best {best:.4f}'}")

@@ -1,13 +1,14 @@
 """What a run writes as it goes: rows whole or not at all, and no end for want of space."""
 
 import errno
+import json
 import os
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from mambamim_jax.checks import ConfigError
-from mambamim_jax.train.logs import LogFile, RunLog, open_log, read_rows
+from mambamim_jax.train.logs import LogFile, RunLog, complete, open_log, read_rows
 from tests.full_disk import full_disk
 
 
@@ -72,3 +73,16 @@ def test_a_log_that_cannot_be_opened_is_one_line(tmp_path, monkeypatch):
         open_log(tmp_path, 0, False, print)
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_others_have_written_are_kept_in_order_and_read_where_they_can_be(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = {"step": 1, "loss": 0.5, "lr": 0, "seconds": 2.0}
+    others = [whole | {"step": 3.0}, whole, whole | {"step": 2, "loss": None}, {"step": 4}]
+    lines = [json.dumps(row) for row in others]
+    bad = ["[" * 10**5, '{"step": 2.5}', '{"step": NaN}', '{"step": Infinity}', '{"step": true}']
+    path.write_text("\n".join([*lines, *bad]) + "\n")
+    log = RunLog(tmp_path, 4)
+    log.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert complete(read_rows(path)) == [whole, whole | {"step": 3}]
