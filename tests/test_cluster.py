@@ -15,7 +15,7 @@ from mambamim_jax.data.phantom import write_phantoms
 from mambamim_jax.model_files import load_model
 from mambamim_jax.settings import DistributedConfig
 from mambamim_jax.train.optim import paths
-from mambamim_jax.train.processes import Processes, find, first_host
+from mambamim_jax.train.processes import Processes, Watchdog, find, first_host
 from mambamim_jax.train.signals import PREEMPTIONS, TRY_AGAIN, interruptible
 from tests import cluster
 from tests.kill_cluster import campaign
@@ -187,6 +187,17 @@ time.sleep(60)
     )
     assert (done.returncode, done.stdout) == (TRY_AGAIN, "rested\n"), done.stderr
     assert "nothing has happened for 0.4 s (config.distributed.patience) since step 3" in done.stderr
+
+
+def test_the_watchdog_counts_from_the_end_of_a_rest_before_it_watches_again():
+    class Seen(Watchdog):
+        def beat(self, what):
+            self.resting_still = self.asleep
+
+    dog = Seen(0, print)
+    with dog.resting():
+        pass
+    assert (dog.resting_still, dog.asleep) == (True, False)
 
 
 @pytest.mark.slow

@@ -262,8 +262,8 @@ class Watchdog:
         try:
             yield
         finally:
-            self.asleep = False
             self.beat(self.what)
+            self.asleep = False
 
     def stop(self) -> None:
         """Nothing more is expected."""
