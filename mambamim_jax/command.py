@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.config import HelpRequested, parse_command_line
-from mambamim_jax.device_memory import exhausted
+from mambamim_jax.device_memory import DeviceMemoryError, exhausted
 from mambamim_jax.settings import RunConfig
 
 C = TypeVar("C", bound=RunConfig)
@@ -54,6 +54,7 @@ def run_training(arguments: list[str], kind: type[C], usage: str, work: Callable
         StoreError,
         DamagedError,
         NonFiniteError,
+        DeviceMemoryError,
         processes.PeerError,
     )
     try:
@@ -70,14 +71,14 @@ def run_training(arguments: list[str], kind: type[C], usage: str, work: Callable
     return signals.exit_code(outcome.signal)
 
 
-def _too_large(config: Any, wanted: str) -> MemoryError:
+def _too_large(config: Any, wanted: str) -> DeviceMemoryError:
     """The error of a device's memory, with the settings that need less of it."""
     accumulate = config.optim.accumulate
     crops = f"{config.data.batch // accumulate} crops of {' × '.join(map(str, config.data.crop))} voxels"
     less = ["config.model.dtype=bfloat16"] if config.model.dtype != "bfloat16" else []
     less += ["config.remat=dots"] if config.remat == "none" else []
     less += [f"a larger config.optim.accumulate than {accumulate}", "more devices"]
-    return MemoryError(f"{wanted} on a device, for {crops} at once; what needs less: {', '.join(less)}")
+    return DeviceMemoryError(f"{wanted} on a device, for {crops} at once; what needs less: {', '.join(less)}")
 
 
 def _fail(error: Exception) -> int:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from mambamim_jax.data.labelled import prepared
+from mambamim_jax.device_memory import DeviceMemoryError, exhausted
 from mambamim_jax.evaluate.inputs import foreground
 from mambamim_jax.evaluate.labels import decide
 from mambamim_jax.evaluate.predict import MARGIN
@@ -77,6 +78,8 @@ class HeldOut:
         predicted where it is not, has Dice 0. ``mean_dice`` is the mean over the classes of the means over cases.
         "best": whether WORKDIR/best is this network; one that could not be written is not the best for those after.
         ``check`` is called at every window, what it raises ends the measurement before anything is written.
+
+        Raises: DeviceMemoryError.
         """
         params = kept(state)
         window = SlidingWindow(
@@ -84,7 +87,12 @@ class HeldOut:
         )
         names, store = self.data.table.foreground, self.data.held_out
         number = min(self.settings.cases or len(store), len(store))
-        cases = {store.entries[n].id: self._dice(window, params, n, check) for n in range(number)}
+        try:
+            cases = {store.entries[n].id: self._dice(window, params, n, check) for n in range(number)}
+        except jax.errors.JaxRuntimeError as error:
+            if wanted := exhausted(error):
+                raise DeviceMemoryError(self._too_large(wanted)) from error
+            raise
         by_class = {name: _mean([case[i] for case in cases.values()]) for i, name in enumerate(names)}
         mean = _mean(list(by_class.values()))
         bests = [row for row in earlier if row.get("best") and is_number(row.get("mean_dice"))]
@@ -100,6 +108,15 @@ class HeldOut:
         params = kept(state)
         if not self._is_there(step, params):
             self._save("last", step, params, None)
+
+    def _too_large(self, wanted: str) -> str:
+        """What to say of windows that a device has not memory for."""
+        batch, crop = self.settings.batch, " × ".join(map(str, self.crop))
+        less = (
+            "a smaller config.validation.batch" if batch > 1 else "a smaller config.data.crop, in a new run"
+        )
+        windows = f"{batch} windows of {crop} voxels at once (config.validation.batch, config.data.crop)"
+        return f"{wanted} on a device, for the validation's {windows}; what needs less: {less}"
 
     def _is_there(self, step: int, params: Tree) -> bool:
         """Whether WORKDIR/last is of this step and holds these parameters."""
