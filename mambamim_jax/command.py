@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from mambamim_jax.checks import ConfigError
 from mambamim_jax.config import HelpRequested, parse_command_line
 from mambamim_jax.device_memory import DeviceMemoryError, exhausted
+from mambamim_jax.paths import PathError
 from mambamim_jax.settings import RunConfig
 
 C = TypeVar("C", bound=RunConfig)
@@ -49,6 +50,7 @@ def run_training(arguments: list[str], kind: type[C], usage: str, work: Callable
     signals.end_at_once()  # until there is something to save
     told = (
         ConfigError,
+        PathError,
         DatasetError,
         DataLossError,
         StoreError,

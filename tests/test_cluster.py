@@ -216,6 +216,18 @@ def test_the_watchdog_ends_a_process_whose_peer_hangs(tmp_path):
 
 
 @pytest.mark.slow
+def test_data_that_only_the_first_process_looks_at_end_all_of_them_with_2(tmp_path):
+    """A job that ends so is not started again."""
+    (empty := tmp_path / "empty").mkdir()
+    started = cluster.start(tmp_path, {"data.source": empty}, 2, line=cluster.pretrain)
+    assert cluster.end(started, 120) == [2, 2], cluster.printed(tmp_path)[-3000:]
+    for index in (0, 1):
+        said = (tmp_path / f"log.{index}.txt").read_text()
+        assert said.count("error: ") == 1
+        assert str(empty) in said
+
+
+@pytest.mark.slow
 def test_fine_tuning_by_two_processes_is_that_of_one_with_two_devices(tmp_path):
     source = write_phantoms(tmp_path / "Dataset900_Phantoms", count=3)
 

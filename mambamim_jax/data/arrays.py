@@ -28,6 +28,8 @@ ADVICE = "copy the store again, or preprocess again"
 class StoreError(RuntimeError):
     """A store that can't be opened, read or written; the message is one line."""
 
+    exit_code = 2
+
 
 def require(encoding: str) -> None:
     """Check that an encoding exists and its library is installed.

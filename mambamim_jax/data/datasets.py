@@ -26,6 +26,8 @@ REPAIRED = "lost+found"
 class DatasetError(ValueError):
     """A data set that can't be found or understood; the message is one line."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Case:

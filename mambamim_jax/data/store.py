@@ -49,6 +49,8 @@ VERSION = 1
 class DataLossError(RuntimeError):
     """Too few cases of a data set are usable; the message is one line."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 
 from mambamim_jax.checks import ConfigError
+from mambamim_jax.device_memory import exhausted
 from mambamim_jax.settings import DistributedConfig, MeshConfig
 from mambamim_jax.train.sharding import make_placement, on_host
 from mambamim_jax.train.signals import TRY_AGAIN, interruptible
@@ -26,6 +27,8 @@ T = TypeVar("T")
 Work: TypeAlias = Callable[[Callable[[], int]], int | None]
 """What the first process does alone, see ``first_tells``."""
 FIRST_PORT, PORTS = 61440, 4096
+FAREWELL = 10.0
+"""Seconds that the first process waits for the others to end, and they for it to be told."""
 DAYS = 7 * 24 * 3600 * 1000  # ms
 
 
@@ -205,7 +208,9 @@ def first_tells(name: str, work: Work, caught: Sequence[int] = ()) -> int:
     try:
         told = work(heard) or 0
     except Exception as error:
-        failure = {"error": str(error) or repr(error), "exit_code": getattr(error, "exit_code", 1)}
+        wanted = exhausted(error)
+        code = getattr(error, "exit_code", 2 if wanted else 1)
+        failure = {"error": wanted or str(error) or repr(error), "exit_code": code}
         client.key_value_set(name, json.dumps(failure))
         raise
     client.key_value_set(name, json.dumps({"error": "", "told": told}))
@@ -230,12 +235,32 @@ def lost_peer(error: Exception) -> PeerError:
 
 
 def leave(code: int) -> int:
-    """The exit code; with other processes it ends this one at once, as an orderly end would wait for them."""
+    """The exit code; with other processes it ends this one, as an orderly end would wait for them without end.
+
+    The first process waits a few seconds for those that end with an error of the run, as it does.
+    """
     if several():
         sys.stdout.flush()
         sys.stderr.flush()
+        if code != TRY_AGAIN:
+            leaving = threading.Thread(target=_leave_together, daemon=True)
+            leaving.start()
+            leaving.join(FAREWELL)
         os._exit(code)
     return code
+
+
+def _leave_together() -> None:
+    """Tells process 0 that this one leaves; returns in process 0 once all have: they would not outlive it."""
+    from jax._src import distributed
+
+    client: Any = distributed.global_state.client
+    index, left = jax.process_index(), "left/"
+    with suppress(Exception):  # it is over anyway
+        if index:
+            client.key_value_set(f"{left}{index}", "gone")
+        while not index and len(client.key_value_dir_get(left)) < jax.process_count() - 1:
+            time.sleep(0.05)
 
 
 class Watchdog:
