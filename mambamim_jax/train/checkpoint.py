@@ -29,6 +29,7 @@ from mambamim_jax.train.processes import all_agree, first_alone, several
 from mambamim_jax.train.resume import compare
 from mambamim_jax.train.sharding import on_host
 from mambamim_jax.train.step import State
+from mambamim_jax.train.workdir import unwritable
 from mambamim_jax.types import Array
 
 FOLDER = "checkpoints"
@@ -61,6 +62,8 @@ class Checkpoints:
       workdir: they lie in WORKDIR/checkpoints, one folder per step.
       settings: which of them are kept.
       say: prints a line that a person must see.
+
+    Raises: ConfigError where that is no folder and cannot be made one.
     """
 
     def __init__(self, workdir: Path, settings: CheckpointConfig, say: Callable[[str], None] = print):
@@ -171,7 +174,10 @@ class Checkpoints:
             self.close()
 
     def _prepare(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
         self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:

@@ -105,3 +105,12 @@ def test_never_refuses_the_models_of_a_run_without_checkpoints(tmp_path):
     (tmp_path / "last").mkdir()
     with pytest.raises(ConfigError, match=r"config.resume: found models of a run in .*: last; expected"):
         run(tmp_path, replace(CONFIG, resume="never"))
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(
+        ConfigError, match=r"--workdir: .*/checkpoints can't be written \(File exists\); expected a"
+    ):
+        run(tmp_path)
+    assert (tmp_path / "checkpoints").read_text() == "mine"
