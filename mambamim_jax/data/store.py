@@ -193,13 +193,8 @@ def prepare(
     """
     folder = Path(folder)
     arrays.require(encoding)
-    spec: dict[str, Any] = {
-        "version": VERSION,
-        "encoding": encoding,
-        "intensity": intensity,
-        "labels": labels,
-    }
-    spec |= {"spacing": list(map(float, spacing)), "window": list(map(float, window))}
+    spec: dict[str, Any] = {"version": VERSION, "encoding": encoding, "intensity": intensity}
+    spec |= {"labels": labels, "spacing": list(map(float, spacing)), "window": list(map(float, window))}
     try:
         with builder.locked(folder):
             builder.check_spec(folder, spec)

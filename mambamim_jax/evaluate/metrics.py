@@ -147,9 +147,8 @@ def _masks(*given: NumpyArray) -> list[NumpyArray]:
 def _has_nan(array: NumpyArray) -> bool:
     if array.dtype.kind in "biu":
         return False
-    return bool(
-        np.isnan(array if array.dtype.kind in "fc" else array.astype(np.float32)).any()
-    )  # also of bfloat16
+    known = array if array.dtype.kind in "fc" else array.astype(np.float32)  # bfloat16
+    return bool(np.isnan(known).any())
 
 
 def _matrix(affine: NumpyArray) -> NumpyArray:

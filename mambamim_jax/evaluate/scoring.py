@@ -14,7 +14,7 @@ import numpy as np
 from nibabel import orientations
 
 from mambamim_jax.data import nifti
-from mambamim_jax.data.volume import Volume, same_grid
+from mambamim_jax.data.volume import same_grid
 from mambamim_jax.data.worker import deaf_children
 from mambamim_jax.evaluate.inputs import InputError, stem
 from mambamim_jax.evaluate.metrics import score
@@ -77,7 +77,7 @@ def read_pair(pair: Pair) -> tuple[NumpyArray, NumpyArray, NumpyArray]:
     turn = orientations.ornt_transform(
         *(orientations.io_orientation(v.affine) for v in (predicted, labelled))
     )
-    return orientations.apply_orientation(_whole(predicted), turn), _whole(labelled), labelled.affine
+    return orientations.apply_orientation(predicted.labels(), turn), labelled.labels(), labelled.affine
 
 
 def score_pair(pair: Pair, table: Table, tolerance: float) -> list[dict[str, Any]]:
@@ -145,10 +145,3 @@ def _scores(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _whole(volume: Volume) -> NumpyArray:
-    """Label values as integers."""
-    if volume.slope == 1 and volume.intercept == 0 and volume.voxels.dtype.kind in "iu":
-        return volume.voxels
-    return np.rint(volume.values()).astype(np.uint16)

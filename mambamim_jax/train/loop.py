@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,7 @@ def train(
     names = list(adamw.trained(like["params"]))
     drawn = task.panel and config.log.panel_every
     panel = Panel(task, next(iter(loader)), config.seed, placement) if drawn else None
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    dog = Watchdog(config.distributed.patience, say)
+    dog = Watchdog(config.distributed.patience, partial(print, file=sys.stderr, flush=True))
     run = _Run(task, config, workdir, checkpoints, terminal, log, placement, dog, names, panel, start, steps)
     try:
         if start < steps:

@@ -103,8 +103,7 @@ def selective_scan(
         delta_bias: (e,), or None for none.
         initial_state: state before the first token run (b, e, n), or None for zeros.
         return_last_state: whether to return the state after the last token run too.
-        reverse: run from the last token to the first. The initial state then precedes the last token, and the
-            last state is the one after token 0.
+        reverse: run from the last token, which the initial state then precedes, to token 0.
         implementation: "auto" (by device), "reference", "associative", "sequential", or of NVIDIA GPUs
             "pallas_triton" or "pallas_mosaic".
 
@@ -113,9 +112,8 @@ def selective_scan(
         where an input is. Arithmetic is in the state's dtype whatever the inputs' are.
 
     Raises:
-        ValueError: if the shapes do not fit each other, an array is of another dtype, the implementation is unknown
-            or one that this jax has no backend for or this device cannot run, or "pallas_mosaic" is asked for on a GPU
-            older than Hopper or with inputs that it cannot take.
+        ValueError: if shapes do not fit each other, an array is of another dtype, or the implementation is unknown,
+            has no backend in this jax, or cannot run on this device or, "pallas_mosaic", with these inputs.
     """
     inputs = _checked(u, delta, A, B, C, D, z, delta_bias, initial_state)
     name = _choose(inputs) if implementation == "auto" else implementation

@@ -118,10 +118,8 @@ def forward(p: Program) -> None:
 
     (h,), start = p.state("first"), jnp.int32(0)
     data, C = read(start), _touched(place(start), {"C"})
-    some = (
-        1 if turns == 1 else len(ROWS & p.refs.keys())
-    )  # of the first rows that are read anyway only those of C
-    carry = h, data, C * some
+    # the first rows are read anyway, but those of C; later turns carry a value of each
+    carry = h, data, C * (1 if turns == 1 else len(ROWS & p.refs.keys()))
     carry = body(start, carry) if turns == 1 else jax.lax.fori_loop(0, turns, body, carry)
     p.put_state("last", [carry[0]])
 
